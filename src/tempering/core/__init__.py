@@ -1,0 +1,1 @@
+"""The nouns that every method, eval and judge shares; imports nothing of ours from outside `core`."""

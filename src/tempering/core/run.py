@@ -1,0 +1,220 @@
+"""The run folder: all that one command produced, and the only way that commands hand work to each other.
+
+Used by every command that writes; refuses to know what a method or an eval computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("tempering", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+
+
+class Run:
+    """A folder with `config.yaml`, `provenance.json`, `metrics.jsonl`, `data/`, `checkpoints/`, `final/`,
+    `evals/` and, last of all, `DONE`. Writes are atomic: a reader sees a whole file or none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, out: str | Path, method: str, config_yaml: str, *, resume: bool = False) -> Run:
+        """Start a run folder, or with `resume` go on in one that was started with the same configuration.
+
+        Raises:
+            FileExistsError: the folder holds something and `resume` is false.
+            ValueError: `resume`, but method or configuration differ, with the first field that does.
+        """
+        run = cls(Path(out))
+        config_file = run.root / "config.yaml"
+        wanted = {"method": method, **(yaml.safe_load(config_yaml) or {})}
+        if run.root.exists() and not run.root.is_dir():
+            raise FileExistsError(f"{run.root} is a file; give another folder with out=DIR")
+        if run.root.exists() and any(run.root.iterdir()):
+            if not resume:
+                raise FileExistsError(
+                    f"run folder {run.root} exists; add --resume to go on, or out=DIR for another"
+                )
+            if config_file.is_file():
+                _require_equal(
+                    yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}, wanted, run.root
+                )
+                return run
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.write_text("config.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def open(cls, root: str | Path) -> Run:
+        """Open an existing run folder for reading.
+
+        Raises:
+            FileNotFoundError: when it has no `config.yaml`.
+        """
+        run = cls(Path(root))
+        if not (run.root / "config.yaml").is_file():
+            raise FileNotFoundError(f"{root} is not a run folder (no config.yaml)")
+        return run
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, with the key `method`."""
+        return yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What `write_provenance` wrote; empty before that."""
+        return self.read_json("provenance.json") if self.has("provenance.json") else {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the command that made this folder ended well."""
+        return self.has("DONE")
+
+    def has(self, name: str) -> bool:
+        """Whether a file or folder of this name is in the run."""
+        return (self.root / name).exists()
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file in the run, its folder made."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a whole file or nothing."""
+        return atomic_write(self.path(name), text.encode("utf-8", "surrogatepass"))
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write one JSON document; NaN is refused, since no other tool reads it."""
+        return self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read one JSON document."""
+        return json.loads((self.root / name).read_text(encoding="utf-8"))
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write a JSONL file, whole or nothing."""
+        return self.write_text(name, "".join(_line(row) for row in rows))
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """Read a JSONL file; a last line that a killed process left half-written is left out."""
+        return list(_complete_rows(self.root / name))
+
+    def append_row(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append one line and flush it, so that a kill loses at most the line being written."""
+        with self.path(name).open("ab") as file:
+            file.write(_line(row).encode("utf-8", "surrogatepass"))
+            file.flush()
+
+    def truncate_rows(self, name: str, keep: Any) -> None:
+        """Keep only the rows for which `keep(row)` holds (before a resumed loop appends again)."""
+        if self.has(name):
+            self.write_rows(name, [row for row in self.read_rows(name) if keep(row)])
+
+    def write_provenance(self, **facts: Any) -> None:
+        """Write versions, device and command, and what the caller adds (input hashes, licences, `unsafe`)."""
+        self.write_json("provenance.json", {**environment(), **facts})
+
+    def finish(self) -> None:
+        """Mark the run complete. Nothing is written after this but evals and reports."""
+        self.write_text("DONE", time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine and command line, with nothing secret in it."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
+
+
+def atomic_write(path: Path, content: bytes) -> Path:
+    """Write through a temporary file in the same folder, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a completely written folder in place of another (or of none)."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def redact(text: str, secrets: Sequence[str]) -> str:
+    """Replace each secret in `text` by three asterisks."""
+    for secret in secrets:
+        text = text.replace(secret, "***") if secret else text
+    return text
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().split(b"\n"):
+        if line.strip():
+            try:
+                yield json.loads(line.decode("utf-8", "surrogatepass"))
+            except ValueError:
+                return  # a torn last line of a killed run: what follows it was never written
+
+
+def _require_equal(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, prefix: str = "") -> None:
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            _require_equal(a, b, root, f"{prefix}{key}.")
+        elif a != b:
+            raise ValueError(
+                f"--resume {root}: {prefix}{key} is {a!r} in its config.yaml, but {b!r} now; "
+                "resume with the same configuration, or give out=DIR for a new run"
+            )

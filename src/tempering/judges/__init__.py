@@ -1,0 +1,1 @@
+"""Judges: callables that say whether a completion is harmful, or a refusal."""
