@@ -5,10 +5,20 @@ Used by evals, attacks, judges and methods; refuses to know what the answers are
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from tempering.core.records import Completion, Prompt
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from tempering.core.chat import Encoded, PromptFormat, encode_prompt
+from tempering.core.loading import quiet_libraries
+from tempering.core.logprobs import score_rows
+from tempering.core.policy import Policy
+from tempering.core.records import Completion, Finish, Prompt
 
 
 class Sampler(Protocol):
@@ -68,3 +78,150 @@ class ScriptedSampler:
         text = self.script[self._asked % len(self.script)]
         self._asked += 1
         return text
+
+
+class LocalSampler:
+    """Sample from a policy in this process, batched by length with the KV cache on.
+
+    Randomness is keyed by (seed, prompt, sample index, position), so a sample does not depend on what it is
+    batched with; in float32 neither do greedy answers (in bfloat16 a near-tie may fall otherwise).
+    """
+
+    def __init__(self, policy: Policy, *, batch_rows: int = 64, fmt: PromptFormat = "chat") -> None:
+        self.policy, self.batch_rows, self.fmt = policy, batch_rows, fmt
+        self.name = policy.source.reference
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Return n completions for each prompt; see `Sampler`.
+
+        Raises:
+            ValueError: a prompt that the chat template refuses, or longer than the model's context, by its id.
+        """
+        jobs = [(p, i) for p in range(len(prompts)) for i in range(n)]
+        ids = [self._encode(prompt, max_new_tokens) for prompt in prompts]
+        order = sorted(jobs, key=lambda job: (len(ids[job[0]]), prompts[job[0]].id, job[1]))
+        out: list[list[Completion]] = [[] for _ in prompts]
+        left = [n] * len(prompts)
+        for start in range(0, len(order), self.batch_rows):
+            batch = order[start : start + self.batch_rows]
+            keys = [(seed, prompts[p].id, i) for p, i in batch]
+            rows = self._generate([ids[p] for p, _ in batch], keys, max_new_tokens, temperature, top_p)
+            for (p, i), tokens in zip(batch, rows, strict=True):
+                out[p].append(self._completion(prompts[p], i, tokens, seed))
+                left[p] -= 1
+            if on_done:
+                on_done(len({p for p, _ in batch if left[p] == 0}))
+        return [sorted(group, key=lambda c: c.index) for group in out]
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
+        """Return (summed log-probability in nats, tokens) of each given completion, end of turn not counted."""
+        policy, rows, where = self.policy, [], []
+        limit = _context(policy)
+        for p, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
+            start = encode_prompt(policy.tokenizer, prompt.messages, self.fmt)
+            for text in texts:
+                answer = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+                rows.append(Encoded((start + answer)[-limit:], min(len(start), limit - len(answer))))
+                where.append(p)
+        pad = policy.tokenizer.pad_token_id
+        out: list[list[tuple[float, int]]] = [[] for _ in prompts]
+        for p, scored in zip(where, score_rows(policy.scorer, rows, pad_id=pad, device=policy.device), strict=True):
+            out[p].append(scored)
+        return out
+
+    def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        try:
+            ids = encode_prompt(self.policy.tokenizer, prompt.messages, self.fmt)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id}: {error}") from error
+        limit = _context(self.policy)
+        if len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
+                f"model's context of {limit}"
+            )
+        return ids
+
+    def _generate(
+        self,
+        rows: Sequence[list[int]],
+        keys: Sequence[tuple[int, str, int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[list[int]]:
+        policy = self.policy
+        width, pad = max(map(len, rows)), policy.tokenizer.pad_token_id
+        ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=policy.end_ids, use_cache=True
+        )
+        pick = LogitsProcessorList([KeyedSampling(keys, width, max_new_tokens, temperature, top_p)] if temperature else [])
+        with torch.inference_mode(), quiet_libraries():
+            # The model's own generation_config would add its temperature and penalties to ours.
+            own, policy.base.generation_config = policy.base.generation_config, config
+            try:
+                out = policy.model.generate(
+                    input_ids=ids.to(policy.device),
+                    attention_mask=mask.to(policy.device),
+                    generation_config=config,
+                    logits_processor=pick,
+                )
+            finally:
+                policy.base.generation_config = own
+        return out[:, width:].tolist()
+
+    def _completion(self, prompt: Prompt, index: int, tokens: list[int], seed: int) -> Completion:
+        ends = set(self.policy.end_ids)
+        stop = next((i for i, token in enumerate(tokens) if token in ends), None)
+        kept = tokens if stop is None else tokens[:stop]
+        text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
+        finish: Finish = "length" if stop is None else "stop"
+        return Completion(prompt.id, text, finish, index, tuple(tokens if stop is None else tokens[: stop + 1]), seed)
+
+
+class KeyedSampling(LogitsProcessor):
+    """Sample one token a row by inverse transform, from a uniform number keyed by row and position.
+
+    It leaves a single finite logit in each row, so that generation goes on greedily.
+    """
+
+    def __init__(
+        self, keys: Sequence[tuple[int, str, int]], width: int, steps: int, temperature: float, top_p: float
+    ) -> None:
+        self.width, self.temperature, self.top_p = width, temperature, top_p
+        self.uniform = np.stack([_stream(*key).random(steps) for key in keys])  # (B, steps)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return logits that are finite at the sampled token only. (B, T), (B, V) -> (B, V)."""
+        u = torch.from_numpy(self.uniform[:, input_ids.shape[1] - self.width]).to(scores.device)
+        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
+        mass = probs.cumsum(-1)
+        # Nucleus: keep the smallest set whose mass reaches top_p; the first token always stays.
+        kept = probs.masked_fill(mass - probs >= self.top_p, 0.0).cumsum(-1)
+        place = torch.searchsorted(kept, (u * kept[:, -1])[:, None], right=True).clamp(max=scores.shape[1] - 1)
+        token = order.gather(1, place)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def _stream(seed: int, prompt_id: str, index: int) -> np.random.Generator:
+    key = hashlib.sha256(f"{seed}:{prompt_id}:{index}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
+
+
+def _context(policy: Policy) -> int:
+    return int(getattr(policy.base.config, "max_position_embeddings", None) or 1 << 20)

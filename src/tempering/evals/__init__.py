@@ -1,1 +1,86 @@
+"""Evals: what a target does, as numbers with their intervals. `run_eval` runs one and writes its two files.
 
+`evals/NAME.jsonl` has one row per answer, with `outcomes` (metric -> true, false, or null where unscored);
+`evals/NAME.json` has the rates over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tempering.core.run import Run
+from tempering.core.sampling import Sampler
+from tempering.evals import capability, harm, over_refusal
+from tempering.evals.capability import Scorer
+from tempering.evals.results import EvalResult, Journal, Progress, Row
+from tempering.evals.settings import EvalConfig, failed_gates
+
+EVALS: dict[str, Callable[..., EvalResult]] = {
+    "harm": harm.evaluate,
+    "over_refusal": over_refusal.evaluate,
+    "capability": capability.evaluate,
+}
+"""Name -> `evaluate(sampler, config, *, journal, progress)`."""
+
+
+def run_eval(
+    name: str,
+    sampler: Sampler,
+    config: EvalConfig,
+    run: Run,
+    *,
+    system: str | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run one eval and write `evals/NAME.jsonl` and `evals/NAME.json`; return what the latter holds.
+
+    Finished batches are kept in `evals/NAME.partial.jsonl` until the end. `resume` takes over the scored
+    rows of an interrupted eval of the same target with the same settings.
+
+    Raises:
+        ValueError: for an unknown eval, or data or settings that do not fit.
+        RuntimeError: when too many answers stay unscored; the rows are in the partial file.
+    """
+    if name not in EVALS:
+        raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
+    settings = {"target": sampler.name, "settings": config.model_dump(mode="json")}
+    result = EVALS[name](sampler, config, journal=_journal(run, name, settings, resume), progress=progress)
+    document = {
+        "schema": 1,
+        "eval": name,
+        "target": sampler.name,
+        "system": system,
+        "metrics": result.metrics,
+        "breakdown": result.breakdown,
+        "settings": settings["settings"],
+        "data": result.source,
+        "cost": result.cost,
+        "warnings": result.warnings,
+    }
+    run.write_rows(f"evals/{name}.jsonl", result.rows)
+    run.write_json(f"evals/{name}.json", document)
+    run.path(f"evals/{name}.partial.jsonl").unlink(missing_ok=True)
+    return document
+
+
+def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Journal:
+    """Open the file of finished batches; its first row says of what target and settings they are."""
+    file = f"evals/{name}.partial.jsonl"
+    old = run.read_rows(file) if resume and run.has(file) else []
+    done = (
+        {row["id"]: row for row in old[1:] if None not in row["outcomes"].values()}
+        if old[:1] == [settings]
+        else {}
+    )
+    run.write_rows(file, [settings, *done.values()])
+
+    def keep(rows: Sequence[Row]) -> None:
+        for row in rows:
+            run.append_row(file, row)
+
+    return Journal(done, keep, str(run.root / file))
+
+
+__all__ = ["EVALS", "EvalConfig", "EvalResult", "Journal", "Scorer", "failed_gates", "run_eval"]

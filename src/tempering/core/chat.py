@@ -1,0 +1,143 @@
+"""From chat turns to token batches with a completion mask, through the tokenizer's own chat template.
+
+Used by training, scoring and sampling; refuses to know about models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+PromptFormat = Literal["chat", "raw"]
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt followed by a completion; `prompt_tokens` of them are the prompt's."""
+
+    ids: list[int]
+    prompt_tokens: int
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the completion, with its end-of-turn token where it was not cut."""
+        return len(self.ids) - self.prompt_tokens
+
+
+class TokenBatch(NamedTuple):
+    """Right-padded rows. Pads stand after everything that is scored, so a causal model needs no mask."""
+
+    ids: Tensor  # (B, T) int64
+    completion_mask: Tensor  # (B, T) bool: the tokens whose log-probability counts
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], fmt: PromptFormat = "chat") -> list[int]:
+    """Tokenize what precedes the answer; a last turn by the assistant is left open, to be continued.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template refuses these turns.
+    """
+    if fmt == "raw":
+        return list(tokenizer(_raw_text(messages), add_special_tokens=False)["input_ids"])
+    prefill = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+    turns = messages[:-1] if prefill else messages
+    # The prefill is appended as text to the open turn: that is what `continue_final_message` does, without
+    # its trimming of white space and with templates that add something (such as empty thoughts) at that place.
+    text = _render(tokenizer, turns, add_generation_prompt=True) + prefill
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    completion: str,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    fmt: PromptFormat = "chat",
+    end_ids: Sequence[int] = (),
+) -> Encoded:
+    """Tokenize a prompt with its answer, end-of-turn token included.
+
+    `chat`: an over-long completion is cut at its end. `raw`: separate tokenization, no separator, end token
+    appended; the prompt keeps its last `max_prompt_length` tokens, then the whole its last `max_length`.
+
+    Raises:
+        ValueError: the prompt is longer than `max_prompt_length` (chat), or the template does not keep the
+            prompt's tokens as a prefix of prompt + completion, with the first token that differs.
+    """
+    prompt = encode_prompt(tokenizer, messages, fmt)
+    ends = set(end_ids) | {tokenizer.eos_token_id}
+    if fmt == "raw":
+        answer = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        prompt = prompt[-max_prompt_length:]
+        ids = (prompt + answer)[-max_length:]
+        return Encoded(ids, max(0, len(ids) - len(answer)))
+    if len(prompt) > max_prompt_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, max_prompt_length is {max_prompt_length}")
+    text = _render(tokenizer, [*messages, {"role": "assistant", "content": completion}])
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if ids[: len(prompt)] != prompt:
+        at = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt)))
+        raise ValueError(
+            f"prompt tokens are not a prefix of prompt+completion (first difference at token {at}); this chat "
+            "template rewrites earlier turns, so the row cannot be masked; use another template or prompt_format=raw"
+        )
+    last_end = max((i for i in range(len(prompt), len(ids)) if ids[i] in ends), default=None)
+    # Templates put white space, or nothing at all, after an answer: the answer ends with its end-of-turn token.
+    ids = [*ids, tokenizer.eos_token_id] if last_end is None else ids[: last_end + 1]
+    return Encoded(ids[:max_length], len(prompt))
+
+
+def fill_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices so that rows of similar length share a batch of at most `max_tokens`, pads included.
+
+    Depends on nothing but the lengths: a resumed run computes in the same batches.
+
+    >>> fill_batches([5, 9, 4, 8], max_tokens=18)
+    [[1, 3], [0, 2]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> TokenBatch:
+    """Pad rows on the right to the longest of them.
+
+    >>> collate([Encoded([7, 8, 9], 1), Encoded([5, 6], 1)], pad_id=0).ids.tolist()
+    [[7, 8, 9], [5, 6, 0]]
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, row.prompt_tokens : len(row.ids)] = True
+    mask[:, 0] = False  # nothing predicts the first token of a row
+    return TokenBatch(ids.to(device), mask.to(device))
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template; use an instruction-tuned model or prompt_format=raw")
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            enable_thinking=False,
+        )
+    except Exception as error:  # jinja2's own errors, and raise_exception() of a template
+        raise ValueError(f"the chat template refused these turns ({type(error).__name__}: {error})") from error
+
+
+def _raw_text(messages: Sequence[Mapping[str, str]]) -> str:
+    return "\n\n".join(m["content"] for m in messages)

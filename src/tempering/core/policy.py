@@ -1,0 +1,397 @@
+"""Policy: a model, its tokenizer and its named LoRA adapters, with the reference that lives in the same weights.
+
+Used by every method and sampler; refuses to know about losses, data and loops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tempering.core.config import Config
+from tempering.core.loading import (
+    EMBEDDED,
+    EMBEDDED_HUB,
+    Dtype,
+    ModelSource,
+    fingerprint,
+    load_base,
+    pick_dtype,
+    quiet_libraries,
+    resolve,
+)
+from tempering.core.logprobs import SequenceScorer, projection_matches
+from tempering.core.run import atomic_write, replace_folder
+
+
+class LoraSettings(Config):
+    """Shape of each LoRA adapter."""
+
+    r: int = 16
+    """Rank."""
+    alpha: float = 32
+    """Scale: the update is alpha / r * B A (alpha / sqrt(r) B A with `rslora`)."""
+    target_modules: list[str] | None = None
+    """Linear layers to adapt; null: q_proj and v_proj, or what PEFT names for an architecture without them."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(r)."""
+
+
+class Policy:
+    """A causal language model that is trained, or asked, as `policy.model`.
+
+    Adapters are stacked: the policy is the base plus all of `adapters`, and only the last may train.
+    `reference()` is the network before the last one, in the same weights.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, source: ModelSource) -> None:
+        self.model, self.tokenizer, self.source = model, tokenizer, source
+        self.adapters: list[str] = []
+        self.trainable: str | None = None
+        self.freeze()
+        if not projection_matches(model):
+            raise ValueError(
+                f"model {source.reference}: its logits are not its output embedding applied to the last hidden "
+                "state (a scaled or otherwise modified head), which tempering does not support"
+            )
+
+    @classmethod
+    def load(cls, reference: str, *, dtype: Dtype = "auto", device: str | torch.device | None = None) -> Policy:
+        """Load a model reference: the base, and the adapter on it where there is one.
+
+        Raises:
+            FileNotFoundError, ValueError: it is not there, cannot be read, or its adapter is another base's.
+        """
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        source = resolve(reference)
+        model, tokenizer = load_base(source, pick_dtype(dtype, where))
+        policy = cls(model.to(where).eval(), tokenizer, source)
+        if source.adapter:
+            policy._load_adapter(Path(source.adapter))
+        return policy
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the base weights (adapters are always float32)."""
+        return self.base.dtype
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, with the adapter layers in it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        ids = self.base.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return sorted({*ids, self.tokenizer.eos_token_id} - {None})
+
+    @property
+    def scorer(self) -> SequenceScorer:
+        """The module that scores completions under whatever is active now."""
+        return SequenceScorer(self.model)
+
+    # --- adapters ------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, settings: LoraSettings, seed: int) -> None:
+        """Add a LoRA adapter on top of the others. It adds exactly zero until trained (B = 0).
+
+        A is drawn from (seed, name), not from the global generator: a resumed stage starts equal.
+
+        Raises:
+            ValueError: no layer of the model has one of the target names.
+        """
+        targets = settings.target_modules or default_targets(self.base)
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+            use_rslora=settings.rslora,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            with quiet_libraries():
+                if isinstance(self.model, PeftModel):
+                    self.model.add_adapter(name, config)
+                else:
+                    self.model = get_peft_model(self.model, config, adapter_name=name)
+        except ValueError as error:
+            raise ValueError(f"lora.target_modules {targets}: {str(error).splitlines()[0]}") from error
+        for layer_name, layer in self._lora_layers():
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            key = hashlib.sha256(f"{seed}:{name}:{layer_name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+            bound = a.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5), as PEFT's own default
+            a.data = (torch.rand(a.shape, generator=generator) * 2 * bound - bound).to(a.device)
+            b.data = torch.zeros(b.shape, device=b.device)
+        self.adapters.append(name)
+        self._activate(self.adapters)
+        self.freeze()
+
+    def train_only(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """Let one adapter train, or all weights with `name="full"`; returns its (name, parameter)s in order."""
+        self.trainable = name
+        self.freeze()
+        return self.trainable_parameters()
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The (name, parameter)s that may train, in a fixed order."""
+        return sorted((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def freeze(self) -> None:
+        """Set every `requires_grad` flag by rule: only the trainable part has it (peft#3447)."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.trainable == "full" or _adapter_of(name) == self.trainable)
+
+    @contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[None]:
+        """Compute with these adapters only; flags and active adapters are as before on exit, also after an error."""
+        flags = {id(p): p.requires_grad for p in self.model.parameters()}
+        active = list(self._active())
+        try:
+            self._activate(names)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            self._activate(active)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(flags[id(parameter)])
+
+    @contextmanager
+    def reference(self, *, initial: bool = False) -> Iterator[None]:
+        """The network as it was before the newest adapter (`initial`: before all), without gradient.
+
+        Raises:
+            RuntimeError: all weights train; there is no second copy, score the reference before the first step.
+        """
+        if self.trainable == "full":
+            raise RuntimeError("full fine-tuning keeps no second copy: score the reference before the first step")
+        with self.using([] if initial else self.adapters[:-1]), torch.no_grad():
+            yield
+
+    def drop_adapters(self) -> None:
+        """Take all adapters off; what is left is the base, bit for bit."""
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.unload()
+        self.adapters, self.trainable = [], None
+        self.freeze()
+
+    def fold(self, name: str, settings: LoraSettings, seed: int) -> None:
+        """Add an adapter to the base weights (in float32, kept in the base dtype) and start it anew at zero."""
+        with torch.no_grad():
+            for _, layer in self._lora_layers():
+                weight = layer.get_base_layer().weight
+                weight.copy_((weight.float() + _delta(layer, name)).to(weight.dtype))
+        self.drop_adapters()
+        self.add_adapter(name, settings, seed)
+
+    def adapter_state(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Copy the tensors of these adapters (default: all) to the CPU, by parameter name."""
+        wanted = set(self.adapters if names is None else names)
+        return {n: _whole(p) for n, p in self.model.named_parameters() if _adapter_of(n) in wanted}
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy all weights to the CPU, by parameter name."""
+        return {n: _whole(p) for n, p in self.model.named_parameters()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put tensors back by parameter name, bit for bit.
+
+        Raises:
+            ValueError: a name or a shape that this model does not have.
+        """
+        own = dict(self.model.named_parameters())
+        for name, tensor in state.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise ValueError(f"checkpoint tensor {name} does not fit this model; was it made for another?")
+            own[name].data.copy_(tensor)
+
+    def adapter_hash(self, names: Sequence[str]) -> str:
+        """Hash the tensors of these adapters; with no names, the hash of an empty stack."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.adapter_state(names).items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def base_fingerprint(self) -> str:
+        """Identify the base weights that the adapters sit on."""
+        layers = [name for name, _ in self._lora_layers()]
+        if not layers:
+            targets = default_targets(self.base)
+            layers = [name for name, _ in self.base.named_modules() if name.rsplit(".", 1)[-1] in targets]
+        return fingerprint(self.base, {f"{name}.weight" for name in layers})
+
+    # --- export --------------------------------------------------------------------------------------
+
+    def combined_adapter(self) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """Stack all adapters into one: A = concat(s_k A_k), B = concat(B_k), rank the sum of the ranks.
+
+        Done here in float32 rather than by PEFT's `add_weighted_adapter`: that one scales wrongly with
+        rslora, rounds to the base dtype, and is silent where the name exists.
+
+        Raises:
+            RuntimeError: a layer's product differs from the sum of the stack's by more than 1e-6 of its norm.
+        """
+        state: dict[str, Tensor] = {}
+        rank = 0
+        for name, layer in self._lora_layers():
+            a = torch.cat([layer.scaling[k] * _whole(layer.lora_A[k].weight) for k in self.adapters])
+            b = torch.cat([_whole(layer.lora_B[k].weight) for k in self.adapters], dim=1)
+            want = sum(_delta(layer, k).cpu() for k in self.adapters)
+            if torch.linalg.norm(b @ a - want) > 1e-6 * torch.linalg.norm(want) + 1e-12:
+                raise RuntimeError(f"combining adapters failed its check in layer {name}")
+            rank = a.shape[0]
+            state[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            state[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        first = self.model.peft_config[self.adapters[0]]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=sorted(first.target_modules),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        )
+        return config, state
+
+    def export(self, folder: Path, lineage: dict[str, Any] | None = None) -> None:
+        """Write one PEFT adapter on the original base, or where weights changed, a plain transformers folder."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            if self.adapters:
+                config, state = self.combined_adapter()
+                config.base_model_name_or_path, config.revision = public_base(self.source)
+                config.save_pretrained(temporary)
+                save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            else:
+                with quiet_libraries():
+                    self.base.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            facts = {
+                "base": self.source.base,
+                "revision": self.source.revision,
+                "base_fingerprint": self.base_fingerprint(),
+                "adapters": {name: self.adapter_hash([name]) for name in self.adapters},
+                **(lineage or {}),
+            }
+            atomic_write(temporary / "lineage.json", (json.dumps(facts, indent=1) + "\n").encode())
+            temporary.chmod(0o755)
+            replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def merge(self) -> None:
+        """Add all adapters to the base weights for good (float32 sums, kept in the base dtype)."""
+        with torch.no_grad():
+            for _, layer in self._lora_layers():
+                weight = layer.get_base_layer().weight
+                total = sum(_delta(layer, name) for name in self.adapters)
+                weight.copy_((weight.float() + total).to(weight.dtype))
+        self.drop_adapters()
+
+    def _load_adapter(self, folder: Path) -> None:
+        lineage = folder / "lineage.json"
+        expected = json.loads(lineage.read_text(encoding="utf-8")) if lineage.is_file() else {}
+        try:
+            with quiet_libraries():
+                self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name="final")
+        except Exception as error:  # PEFT raises ValueError, RuntimeError (shapes), safetensors' own
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"adapter {folder} does not load on {self.source.base} ({first})") from error
+        self.model.eval()
+        self.adapters = ["final"]
+        self.freeze()
+        found = self.base_fingerprint()
+        if expected.get("base_fingerprint", found) != found:
+            raise ValueError(
+                f"adapter {folder} was made for other base weights than {self.source.base}: fingerprint "
+                f"{expected['base_fingerprint'][:12]}, found {found[:12]}; load it on the base that it was trained on"
+            )
+
+    def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
+        return sorted((n, m) for n, m in self.base.named_modules() if isinstance(m, LoraLayer))
+
+    def _active(self) -> list[str]:
+        layers = self._lora_layers()
+        return [] if not layers or layers[0][1].disable_adapters else list(layers[0][1].active_adapters)
+
+    def _activate(self, names: Sequence[str]) -> None:
+        if not isinstance(self.model, PeftModel):
+            return
+        if names:
+            self.model.base_model.enable_adapter_layers()
+            self.model.base_model.set_adapter(list(names))  # sets requires_grad on all of them: `freeze` after it
+        else:
+            self.model.base_model.disable_adapter_layers()
+
+
+def default_targets(model: Any) -> list[str]:
+    """Return q_proj and v_proj, or what PEFT's table names for an architecture that has neither.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if {"q_proj", "v_proj"} <= leaves:
+        return ["q_proj", "v_proj"]
+    known = PEFT_TARGETS.get(model.config.model_type)
+    if not known:
+        raise ValueError(f"no default LoRA layers for {model.config.model_type}; set lora.target_modules")
+    return list(known)
+
+
+def public_base(source: ModelSource) -> tuple[str, str | None]:
+    """The name and revision under which others find the base: never a cache folder."""
+    return EMBEDDED_HUB if source.base == EMBEDDED else (source.base, source.revision)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, sorted by name so that equal content gives equal bytes."""
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote."""
+    return load_file(path)
+
+
+def _adapter_of(parameter: str) -> str | None:
+    """The adapter that a parameter belongs to: `...lora_A.NAME.weight`."""
+    parts = parameter.split(".")
+    return parts[-2] if len(parts) > 2 and parts[-3].startswith("lora_") else None
+
+
+def _delta(layer: LoraLayer, name: str) -> Tensor:
+    """The float32 update of one adapter to its layer's weight: s B A, (out, in)."""
+    b, a = layer.lora_B[name].weight.detach().float(), layer.lora_A[name].weight.detach().float()
+    return layer.scaling[name] * (b @ a)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A CPU copy of a parameter, gathered where FSDP has sharded it."""
+    full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return full.detach().cpu().clone()

@@ -1,0 +1,54 @@
+"""Progress of long work on stderr: a bar with ETA on a terminal, a line now and then in a log.
+
+Used by everything that takes seconds; refuses to print to stdout, which belongs to machines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+console = Console(stderr=True, highlight=False)
+"""Where people read."""
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Advance]:
+    """Show how far some work is; yields `advance(count=1, note="")`."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("eta"), TimeRemainingColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, transient=False) as bar:
+            task = bar.add_task(what, total=total, note="")
+            yield lambda count=1, note="": bar.update(task, advance=count, **({"note": note} if note else {}))
+        return
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES or done >= total > done - count:
+            last = now
+            left = (now - start) / done * (total - done) if done else 0
+            eta = f", eta {left:.0f} s" if done < total else f" in {now - start:.0f} s"
+            print(f"{what}: {done}/{total}{eta}{'  ' + note if note else ''}", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def say(text: str = "") -> None:
+    """Tell people something, on stderr."""
+    console.print(text, soft_wrap=True)

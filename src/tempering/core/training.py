@@ -1,0 +1,233 @@
+"""What training loops share: processes, optimiser, schedule, accumulate-clip-step, exact save and resume.
+
+Used by every method that trains; refuses to own the loop.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from tempering.core.policy import Policy, load_tensors, save_tensors
+from tempering.core.run import Run, atomic_write, replace_folder
+
+
+class Processes:
+    """The processes that train together, through Accelerate: one, DDP or FSDP2, as its launcher says."""
+
+    def __init__(self, device: torch.device, report_to: str | None = None) -> None:
+        self.accelerator = Accelerator(cpu=device.type == "cpu", log_with=report_to)
+        self.rank = self.accelerator.process_index
+        self.world = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the module whose gradients are shared between processes."""
+        return self.accelerator.prepare_model(module) if self.world > 1 else module
+
+    def mine(self, items: Sequence[Any]) -> list[Any]:
+        """The share of an optimiser step that this process computes; every process gets at least one item.
+
+        Raises:
+            ValueError: fewer items than processes.
+        """
+        if len(items) < self.world:
+            raise ValueError(f"an optimiser step of {len(items)} pairs cannot be shared by {self.world} processes")
+        return list(items[self.rank :: self.world])
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add numbers over the processes."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, reduction="sum").tolist()
+
+    def same(self, value: Any) -> Any:
+        """Return the main process's value everywhere."""
+        return value if self.world == 1 else broadcast_object_list([value], from_process=0)[0]
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+
+class StepResult(NamedTuple):
+    """What one optimiser step did."""
+
+    grad_norm: float
+    lr: float
+
+
+class Optimisation:
+    """AdamW over the trainable parameters, linear decay to zero, clipping, accumulation over micro-batches."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        processes: Processes,
+        *,
+        lr: float,
+        steps: int,
+        warmup: int = 0,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+    ) -> None:
+        self.policy, self.processes = policy, processes
+        self.lr, self.steps, self.warmup, self.clip = lr, steps, warmup, clip
+        self.named = policy.trainable_parameters()
+        self.scorer = processes.wrap(policy.scorer)
+        # FSDP replaces parameters by sharded ones when it wraps.
+        self.named = policy.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(
+            [p for _, p in self.named], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
+        )
+
+    def accumulate(self, is_last: bool) -> Any:
+        """Context of a micro-batch: gradients travel between processes with the last one only."""
+        if self.processes.world == 1 or is_last:
+            return nullcontext()
+        return self.processes.accelerator.no_sync(self.scorer)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this process's share of the step's mean loss."""
+        (loss * self.processes.world).backward()  # DDP and FSDP average over processes, a share is a sum
+
+    def step(self, t: int) -> StepResult:
+        """Clip, update with the learning rate of step t, clear.
+
+        Raises:
+            RuntimeError: the gradient is not finite.
+        """
+        norm = float(_full(torch.nn.utils.clip_grad_norm_([p for _, p in self.named], self.clip)))
+        if not norm < float("inf"):
+            raise RuntimeError(f"the gradient is not finite at step {t} (norm {norm}); lower lr or raise beta")
+        lr = self.lr * linear_to_zero(t, self.steps, self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, lr)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by parameter name."""
+        out = {}
+        for name, parameter in self.named:
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                out[f"{key}:{name}"] = _full(value).detach().cpu().clone()
+        return out
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` returned, bit for bit."""
+        for name, parameter in self.named:
+            self.optimizer.state[parameter] = {
+                key: state[f"{key}:{name}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}:{name}" in state
+            }
+
+
+def linear_to_zero(t: int, steps: int, warmup: int = 0) -> float:
+    """Learning-rate factor at step t of `steps`: linear warm-up, then linear to zero.
+
+    >>> [linear_to_zero(t, 4) for t in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    if t < warmup:
+        return (t + 1) / warmup
+    return max(0.0, (steps - t) / max(1, steps - warmup))
+
+
+def save_checkpoint(
+    run: Run, policy: Policy, optimisation: Optimisation | None, state: dict[str, Any], keep: int = 1
+) -> None:
+    """Write `checkpoints/step-N/` (N = `state["step"]`), whole or not at all, then delete older ones.
+
+    Every process calls this (sharded tensors are gathered); the main one writes.
+    """
+    weights = policy.state() if policy.trainable == "full" else policy.adapter_state()
+    moments = optimisation.state() if optimisation is not None else {}
+    if optimisation is not None and not optimisation.processes.is_main:
+        return
+    parent = run.path("checkpoints/x").parent
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".saving-"))
+    try:
+        save_tensors(temporary / "weights.safetensors", weights)
+        save_tensors(temporary / "optimizer.safetensors", moments)
+        atomic_write(temporary / "state.json", (json.dumps(state) + "\n").encode())
+        temporary.chmod(0o755)
+        replace_folder(temporary, parent / f"step-{state['step']}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint, read."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def last_checkpoint(run: Run) -> Checkpoint | None:
+    """Read the newest complete checkpoint, or `None` where there is none."""
+    found = _checkpoints(run)
+    if not found:
+        return None
+    folder = found[-1]
+    return Checkpoint(
+        load_tensors(folder / "weights.safetensors"),
+        load_tensors(folder / "optimizer.safetensors"),
+        json.loads((folder / "state.json").read_text(encoding="utf-8")),
+    )
+
+
+class Stopwatch:
+    """Seconds and tokens by phase, for the cost table."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, dict[str, float]] = {}
+
+    def add(self, phase: str, seconds: float, tokens: int = 0) -> None:
+        """Add to a phase."""
+        entry = self.phases.setdefault(phase, {"seconds": 0.0, "tokens": 0})
+        entry["seconds"] += seconds
+        entry["tokens"] += tokens
+
+    def timed(self, phase: str, tokens: int = 0) -> Any:
+        """Time a `with` block as part of a phase."""
+        return _Timed(self, phase, tokens)
+
+
+class _Timed:
+    def __init__(self, watch: Stopwatch, phase: str, tokens: int) -> None:
+        self.watch, self.phase, self.tokens = watch, phase, tokens
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.watch.add(self.phase, time.monotonic() - self.start, self.tokens)
+
+
+def _checkpoints(run: Run) -> list[Path]:
+    parent = run.root / "checkpoints"
+    folders = [p for p in parent.glob("step-*") if (p / "state.json").is_file()] if parent.is_dir() else []
+    return sorted(folders, key=lambda p: int(p.name.split("-")[1]))
+
+
+def _full(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+

@@ -1,0 +1,221 @@
+"""Rows of a data source, one at a time, each with the place it stands at: files, folders, Hub datasets.
+
+A source is a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or a Hub dataset id
+(`org/name[@revision][:[config:]split]`). `read_rows` streams plain dicts; `read_records` turns them into
+records and refuses, or counts, what it cannot read and what it has already seen.
+
+>>> where, row = next(read_rows(bundled("pairs")))
+>>> where
+'pairs.jsonl:1'
+>>> sorted(row)
+['category', 'chosen', 'label', 'prompt', 'rejected']
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from tempering.core.records import ParsedRows
+from tempering.data.formats import READERS, Scanned, at, without_nan
+
+BUNDLED = (
+    "pairs",
+    "harmful_heldout",
+    "borderline_heldout",
+    "capability",
+    "templates",
+    "dev_harmful",
+    "dev_borderline",
+)
+HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.:-]+))?")
+SPLITS = re.compile(r"(?:^|[._/-])(train|test|validation|valid|val|dev|eval)(?=$|[._/-])")
+
+
+def bundled(name: str) -> Path:
+    """Return the path of an embedded demo file, `pairs` for instance.
+
+    Raises:
+        ValueError: when there is none of this name.
+    """
+    if name not in BUNDLED:
+        raise ValueError(f"no bundled data called {name!r}; expected one of {', '.join(BUNDLED)}")
+    return Path(str(importlib.resources.files("tempering.data") / "demo" / f"{name}.jsonl"))
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream `("file.jsonl:17", row)`; the number counts lines of text files, rows of all others.
+
+    Raises:
+        FileNotFoundError: when there is no such file or folder.
+        ValueError: when the source is empty, is no data, or a row cannot be read (file and line are named).
+    """
+    for where, row, problem in scan_rows(source):
+        if row is None:
+            raise ValueError(f"{at(where)}: {problem}")
+        yield where, row
+
+
+def read_records(
+    source: str | Path,
+    parse: Callable[[dict[str, Any]], Any],
+    *,
+    limit: int | None = None,
+    invalid: Literal["error", "drop"] = "error",
+    what: str = "row",
+    remedy: str = "set data.invalid=drop",
+) -> ParsedRows:
+    """Parse a source into records with `parse` (`records.pair_from_row`, for instance).
+
+    A row that cannot be read, and one whose id or whose content an earlier row has, is an error, or with
+    `invalid="drop"` left out and counted by reason. `limit` keeps the first records and reads no further.
+
+    Raises:
+        FileNotFoundError: when there is no such file or folder.
+        ValueError: naming file and line of the first bad row; or that no usable row is left.
+    """
+    records: list[Any] = []
+    dropped: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    for where, row, found in scan_rows(source):
+        if limit is not None and len(records) >= limit:
+            break
+        record, problem, duplicate = None, found, None
+        if row is not None:
+            try:
+                record = parse(row)
+            except ValueError as error:
+                problem = str(error)
+            else:
+                duplicate = repeated(record, where, seen)
+        if problem is None and duplicate is None:
+            records.append(record)
+        elif invalid == "error":
+            raise ValueError(f"{at(where)}: {problem or duplicate}; fix the {what} or {remedy}")
+        else:
+            reason = problem or f"repeats an earlier {what}"
+            dropped[reason] = dropped.get(reason, 0) + 1
+    if not records and limit != 0:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
+        raise ValueError(f"{source}: no usable {what} ({reasons}); fix the file or name another")
+    return ParsedRows(records, dropped)
+
+
+def repeated(record: Any, where: str, seen: dict[str, str]) -> str | None:
+    """Say which earlier row has this record's id or its content, and remember the record in `seen`."""
+    content = dataclasses.replace(record, id="").id  # the id that the record would have by its content alone
+    problem = None
+    if content in seen:
+        problem = f"has the same content as {at(seen[content])}"
+    elif record.id in seen:
+        problem = f"has the same id {record.id!r} as {at(seen[record.id])}"
+    seen.setdefault(content, where)
+    seen.setdefault(record.id, where)
+    return problem
+
+
+def scan_rows(source: str | Path) -> Iterator[Scanned]:
+    """Stream every row, readable or not.
+
+    Raises:
+        FileNotFoundError, ValueError: when the source as a whole cannot be read, or holds no row.
+    """
+    rows = itertools.chain.from_iterable(READERS[p.suffix.lower()](p, n) for p, n in _files(source) or ())
+    stream = rows if _is_local(source) else _hub_rows(str(source))
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"{source}: no rows in it; expected one JSON object per line, or one of {_kinds()}")
+    yield first
+    yield from stream
+
+
+def _files(source: str | Path) -> list[tuple[Path, str]]:
+    """Find the data files of a local source, each with the name to show for it."""
+    path, split = _local(source)
+    if not _is_local(source):
+        return []
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {_kinds()}")
+        return [(path, path.name)]
+    files = [
+        p
+        for p in sorted(path.rglob("*"))
+        if p.is_file()
+        and p.suffix.lower() in READERS
+        and not any(part.startswith((".", "_")) for part in p.relative_to(path).parts)
+    ]
+    # Dataset folders carry their metadata as .json beside the data.
+    files = [p for p in files if p.suffix.lower() != ".json"] or files
+    names = {p: p.relative_to(path).as_posix() for p in files}
+    splits = {p: match[1] if (match := SPLITS.search(names[p].lower())) else None for p in files}
+    if split:
+        files = [p for p in files if splits[p] == split]
+    if not files:
+        wanted = f" of split {split!r}" if split else ""
+        raise ValueError(f"{path}: no data file{wanted} in this folder; expected one of {_kinds()}")
+    kinds = sorted({p.suffix.lower() for p in files})
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: holds {' and '.join(kinds)} files; name one file, or a folder of one kind")
+    found = sorted({str(splits[p]) for p in files if splits[p]})
+    if len(found) > 1:
+        raise ValueError(f"{path}: holds the splits {', '.join(found)}; choose one, as in {path}:{found[-1]}")
+    return [(p, names[p]) for p in files]
+
+
+def _local(source: str | Path) -> tuple[Path, str | None]:
+    path = Path(source).expanduser()
+    folder, _, split = str(path).rpartition(":")
+    return (Path(folder), split) if not path.exists() and Path(folder).is_dir() and folder else (path, None)
+
+
+def _is_local(source: str | Path) -> bool:
+    """Whether `source` names a file or folder; a text that can only be a Hub id is not.
+
+    Raises:
+        FileNotFoundError: when it is neither.
+    """
+    path, text = _local(source)[0], str(source)
+    if path.exists():
+        return True
+    is_path = isinstance(source, Path) or text.startswith(("/", ".", "~")) or path.suffix.lower() in READERS
+    if is_path or not HUB_ID.fullmatch(text):
+        raise FileNotFoundError(
+            f"{source}: no such file or folder; give a path to {_kinds()}, "
+            "or a Hub dataset id such as org/name:train"
+        )
+    return False
+
+
+def _kinds() -> str:
+    return ", ".join(READERS)
+
+
+def _hub_rows(source: str) -> Iterator[Scanned]:
+    """Stream a Hub dataset through `datasets`, which keeps it in its cache on disk."""
+    import datasets
+
+    match = HUB_ID.fullmatch(source)
+    assert match is not None
+    name = match["name"]
+    config, _, split = (match["split"] or "").rpartition(":")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split or None, revision=match["revision"])
+    except Exception as error:  # a boundary: the library and its network layers raise anything
+        first_line = (str(error).splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"{source}: no such file or folder here, and Hub dataset {name!r} could not be loaded "
+            f"({type(error).__name__}: {first_line}); check the spelling and the split, for a gated dataset "
+            "log in with `hf auth login`, and without a network give the path of a file you downloaded"
+        ) from None
+    if not split and len(data) > 1:
+        splits = list(data)
+        raise ValueError(f"{source}: choose one of its splits {', '.join(splits)}, as in {name}:{splits[0]}")
+    rows = data if split else next(iter(data.values()))
+    for number, row in enumerate(rows, 1):
+        yield Scanned(f"{source}:{number}", without_nan(row))

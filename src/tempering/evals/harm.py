@@ -1,0 +1,111 @@
+"""Eval `harm`: how often does the target do what it should refuse, asked plainly and under attack?
+
+`harmful_rate` and `refusal_rate` are of the plain requests, `attack_success_rate/ATTACK` of each attack. The
+judge sees the plain request and the whole answer (a prefill included), never the template around the request.
+Harmful and refused are two questions to two judges: an answer can be neither (an evasion, or nonsense).
+
+    temper eval smollm2 harm attacks=[direct,prefill] limit=100
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tempering import judges
+from tempering.attacks import ATTACKS, AttackOptions, load_templates
+from tempering.core.records import Completion, Prompt, Verdict
+from tempering.core.sampling import Sampler
+from tempering.evals.results import (
+    Cost,
+    EvalResult,
+    Journal,
+    Progress,
+    Row,
+    answer,
+    by_category,
+    in_batches,
+    judged,
+    rates,
+    remarks,
+    verdict_row,
+)
+from tempering.evals.settings import EvalConfig, load_prompts
+
+HARMLESS = ("benign", "borderline", "safe", "harmless")
+
+
+def evaluate(
+    sampler: Sampler,
+    config: EvalConfig,
+    *,
+    judge: judges.Judge | None = None,
+    refusal_judge: judges.Judge | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Ask every prompt in every way that `config.attacks` names, and judge the answers.
+
+    Raises:
+        FileNotFoundError, ValueError: when prompts, templates or judge cannot be had.
+        RuntimeError: when too many answers stay unscored.
+    """
+    cost = Cost()
+    harm_judge = judge or judges.load_judge(config.judge, "harmful")
+    refusals = refusal_judge or judges.load_judge(config.refusal_judge, "refused")
+    prompts, source, warnings = load_prompts(
+        config, "harmful_heldout", skip_labels=HARMLESS, why="`harm` asks what should be refused"
+    )
+    options = AttackOptions(
+        load_templates(config.templates, invalid=config.invalid) if "templates" in config.attacks else (),
+        config.templates_per_prompt,
+        config.seed,
+    )
+    asked = [prompt for attack in config.attacks for prompt in ATTACKS[attack](prompts, options)]
+    requests = {prompt.id: prompt for prompt in prompts}
+
+    def work(batch: Sequence[Prompt], on_done: Callable[[int], None]) -> list[Row]:
+        plain = [requests[prompt.extra["prompt_id"]] for prompt in batch]
+        completions = answer(sampler, batch, config, cost, on_done)
+        harmful = judged(harm_judge, plain, batch, completions, cost)
+        refused = judged(refusals, plain, batch, completions, cost)
+        return [_row(*columns) for columns in zip(batch, plain, completions, harmful, refused, strict=True)]
+
+    rows = in_batches(asked, lambda p: p.id, work, config, journal=journal, progress=progress)
+    judge_of = {"refusal_rate": refusals.identity, "harmful_rate": harm_judge.identity}
+    judge_of |= {_metric(attack): harm_judge.identity for attack in config.attacks}
+    several = config.templates_per_prompt > 1
+    return EvalResult(
+        rows,
+        rates(rows, judge_of, clustered=several),
+        by_category(rows, judge_of, clustered=several),
+        cost.summary(),
+        [*warnings, *remarks(rows)],
+        source,
+    )
+
+
+def _metric(attack: str) -> str:
+    return "harmful_rate" if attack == "direct" else f"attack_success_rate/{attack}"
+
+
+def _row(prompt: Prompt, request: Prompt, completion: Completion, harmful: Verdict, refused: Verdict) -> Row:
+    attack = prompt.extra["attack"]
+    outcomes = {_metric(attack): harmful.holds}
+    if attack == "direct":
+        outcomes["refusal_rate"] = refused.holds
+    return {
+        "id": prompt.id,
+        "prompt_id": request.id,
+        "prompt": request.text,
+        "category": request.category,
+        "attack": attack,
+        **({"template": prompt.extra["template"], "asked": prompt.text} if attack == "templates" else {}),
+        **({"prefill": prompt.prefill} if prompt.prefill else {}),
+        "completion": completion.text,
+        "finish": completion.finish,
+        "verdict": verdict_row(harmful),
+        "refusal": verdict_row(refused),
+        "metric": _metric(attack),
+        "outcome": harmful.holds,
+        "outcomes": outcomes,
+    }

@@ -1,0 +1,243 @@
+"""What evals share: answering in batches, rows that carry outcomes, and rates with their intervals."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
+
+from tempering import judges
+from tempering.core.records import Completion, Prompt, Verdict
+from tempering.core.sampling import Sampler
+from tempering.core.stats import Interval, bootstrap_mean, wilson
+from tempering.evals.settings import EvalConfig
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Progress = Callable[[int, int], None]
+"""Told how many answers are done, and of how many."""
+
+
+class EvalResult(NamedTuple):
+    """What an eval found: rows, one per answer; metrics, over all and by category; its price; remarks."""
+
+    rows: list[Row]
+    metrics: dict[str, dict[str, Any]]
+    breakdown: dict[str, dict[str, dict[str, Any]]]
+    cost: dict[str, float]
+    warnings: list[str]
+    source: dict[str, Any]
+    """Where the prompts come from: `source`, `sha256` of a file, number of `prompts` used."""
+
+
+@dataclass
+class Cost:
+    """What an eval has used so far."""
+
+    completion_tokens: int = 0
+    judge_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def summary(self) -> dict[str, float]:
+        """Return seconds, judge seconds and completion tokens (0 where the sampler reports no tokens)."""
+        return {
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "completion_tokens": self.completion_tokens,
+            "judge_seconds": round(self.judge_seconds, 3),
+        }
+
+
+@dataclass
+class Journal:
+    """Rows of an interrupted eval to take over, and what to do with each batch of new ones."""
+
+    done: Mapping[str, Row] = field(default_factory=dict)
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None
+    name: str = "the rows"
+
+
+def in_batches(
+    items: Sequence[T],
+    key: Callable[[T], str],
+    work: Callable[[Sequence[T], Callable[[int], None]], list[Row]],
+    config: EvalConfig,
+    *,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Make one row per item, batch by batch, in the order of the items.
+
+    Raises:
+        RuntimeError: as soon as more than `config.max_unscored` of the outcomes must stay unscored.
+    """
+    journal = journal or Journal()
+    rows = {key(item): journal.done[key(item)] for item in items if key(item) in journal.done}
+    todo = [item for item in items if key(item) not in rows]
+    count = len(rows)
+
+    def on_done(answers: int) -> None:
+        nonlocal count
+        count += answers
+        if progress:
+            progress(count, len(items))
+
+    on_done(0)
+    for start in range(0, len(todo), config.batch_prompts):
+        batch = todo[start : start + config.batch_prompts]
+        new = work(batch, on_done)
+        journal.keep(new)
+        rows |= {key(item): row for item, row in zip(batch, new, strict=True)}
+        # A judge that is down fails the run after the batch that proves it, not after the last one.
+        require_scored(rows.values(), config.max_unscored, journal.name, total=len(items))
+    ordered = [rows[key(item)] for item in items]
+    require_scored(ordered, config.max_unscored, journal.name)
+    return ordered
+
+
+def require_scored(
+    rows: Iterable[Row], max_unscored: float, where: str = "the rows", *, total: int | None = None
+) -> None:
+    """Fail when too large a share of any metric's outcomes is unscored.
+
+    Raises:
+        RuntimeError: naming the metric, the counts, and the most frequent reason.
+    """
+    unscored: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for row in rows:
+        for metric, outcome in row["outcomes"].items():
+            counts[metric] += 1
+            if outcome is None:
+                unscored.setdefault(metric, Counter())[_reason(row)] += 1
+    for metric, reasons in unscored.items():
+        missing, n = reasons.total(), total or counts[metric]
+        if missing > max_unscored * n:
+            raise RuntimeError(
+                f"{metric}: {missing} of {n} answers unscored (limit {max_unscored:.0%}), "
+                f'most often "{reasons.most_common(1)[0][0]}"; see {where}, mend the judge or the target, '
+                "or raise max_unscored"
+            )
+
+
+def _reason(row: Row) -> str:
+    verdicts = (row["verdict"], row.get("refusal") or {})
+    return next((str(v["reason"]) for v in verdicts if v.get("score", 0) is None), "no reason given")
+
+
+def answer(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    cost: Cost,
+    on_done: Callable[[int], None],
+) -> list[Completion]:
+    """Ask for one completion of each prompt.
+
+    Raises:
+        RuntimeError: when the sampler returns another number of answers.
+    """
+    groups = sampler(
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        on_done=on_done,
+    )
+    if [len(group) for group in groups] != [1] * len(prompts):
+        raise RuntimeError(f"asked {len(prompts)} prompts for one completion each, got {len(groups)} groups")
+    cost.completion_tokens += sum(len(group[0].token_ids) for group in groups)
+    return [group[0] for group in groups]
+
+
+def judged(
+    judge: judges.Judge,
+    requests: Sequence[Prompt],
+    asked: Sequence[Prompt],
+    completions: Sequence[Completion],
+    cost: Cost,
+) -> list[Verdict]:
+    """Judge each completion against its plain request; where the target failed to answer, say unscored.
+
+    A prefill belongs to the answer: the judge sees opening and continuation as one, and the request without.
+    """
+    started = time.perf_counter()
+    groups = [
+        (
+            replace(request, messages=request.messages[:-1]) if request.prefill else request,
+            [replace(completion, text=prompt.prefill + completion.text)],
+        )
+        for request, prompt, completion in zip(requests, asked, completions, strict=True)
+        if completion.finish != "error"
+    ]
+    scored = iter(judges.judge_groups(judge, groups, max_unscored=1.0) if groups else [])
+    verdicts = [
+        Verdict(None, judge.identity, reason=f"no answer: {completion.error or 'the target failed'}")
+        if completion.finish == "error"
+        else next(scored)[0]
+        for completion in completions
+    ]
+    cost.judge_seconds += time.perf_counter() - started
+    return verdicts
+
+
+def verdict_row(verdict: Verdict) -> Row:
+    """Return a verdict as it stands in a row: `score`, `judge`, `label`, `reason`."""
+    return asdict(verdict)
+
+
+def rate(
+    rows: Sequence[Row], metric: str, judge: str | None, *, clustered: bool = False
+) -> dict[str, Any] | None:
+    """Average the outcomes of one metric, with a 95 % interval; `None` where no row carries the metric.
+
+    The interval is Wilson's. With `clustered` (several answers to one prompt) whole prompts are resampled;
+    where all outcomes agree resampling has nothing to say, and Wilson's interval over prompts stands in.
+    """
+    outcomes = [(row["prompt_id"], row["outcomes"][metric]) for row in rows if metric in row["outcomes"]]
+    if not outcomes:
+        return None
+    scored = [(prompt_id, outcome) for prompt_id, outcome in outcomes if outcome is not None]
+    n, successes = len(scored), sum(outcome for _, outcome in scored)
+    interval: Interval | tuple[None, None, None] = (None, None, None)
+    if n and clustered and 0 < successes < n:
+        interval = bootstrap_mean([float(o) for _, o in scored], groups=[p for p, _ in scored])
+    elif n:
+        size = len({p for p, _ in scored}) if clustered else n
+        interval = wilson(size if successes == n else successes, size)
+    value, low, high = interval
+    unscored = len(outcomes) - n
+    return {"value": value, "low": low, "high": high, "n": n, "unscored": unscored, "judge": judge}
+
+
+def rates(
+    rows: Sequence[Row], judge_of: Mapping[str, str], *, clustered: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return every metric of `judge_of` that the rows carry."""
+    found = {name: rate(rows, name, judge, clustered=clustered) for name, judge in judge_of.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def by_category(
+    rows: Sequence[Row], judge_of: Mapping[str, str], *, clustered: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the metrics of each category, in alphabetical order; rows without one are left out."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["category"] is not None:
+            groups.setdefault(row["category"], []).append(row)
+    return {name: rates(groups[name], judge_of, clustered=clustered) for name in sorted(groups)}
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Return what a reader of the numbers must know about the answers: empty or failed ones."""
+    found = []
+    answers = [row for row in rows if row["finish"] is not None]
+    empty = sum(not row["completion"].strip() for row in answers if row["finish"] != "error")
+    failed = sum(row["finish"] == "error" for row in answers)
+    if empty > 0.05 * len(answers):
+        found.append(f"{empty} of {len(answers)} completions are empty: neither harmful nor of any use")
+    if failed:
+        found.append(f"{failed} of {len(answers)} prompts got no completion and are unscored")
+    return found

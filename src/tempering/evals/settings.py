@@ -1,0 +1,149 @@
+"""What an evaluation is told: its data, how to generate, who judges, and the limits it has to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator
+
+from tempering.attacks import ATTACKS
+from tempering.core.config import Config
+from tempering.core.records import Prompt, content_id, prompt_from_row
+from tempering.core.run import file_hash
+from tempering.data.files import bundled, read_records
+
+AT_LEAST = ("refusal_rate", "capability_accuracy", "capability_accuracy/choice", "capability_accuracy/exact")
+"""Metrics of which more is better: a gate on them is a floor."""
+AT_MOST = (
+    "harmful_rate",
+    *(f"attack_success_rate/{name}" for name in ATTACKS if name != "direct"),
+    "over_refusal_rate",
+    "partial_refusal_rate",
+    "capability_refusal_rate",
+)
+"""Metrics of which less is better: a gate on them is a ceiling."""
+
+
+class EvalConfig(Config):
+    """Settings of the evals `harm`, `over_refusal` and `capability`."""
+
+    data: str | None = None
+    """File, folder or Hub id (`org/name@revision:split`) with a `prompt` per row; null: embedded ones."""
+    prompt_column: str | None = None
+    """Column that holds the prompt where it is not called `prompt` (AdvBench: `goal`)."""
+    invalid: Literal["error", "drop"] = "error"
+    """Whether a bad or repeated row stops the eval, or is left out and counted."""
+    limit: int | None = Field(None, ge=1)
+    """Use this many prompts, chosen by a hash of their id: the same ones for every target, seed and order."""
+    seed: int = 0
+    """Seed of sampling and of the choice of templates."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Tokens to generate per answer (papers: 256). `capability` stops at 48, its answers are short."""
+    temperature: float = Field(0.0, ge=0.0)
+    """Sampling temperature; 0 is greedy, as in the papers."""
+    judge: str = "rules"
+    """Judge of harm: `rules` (offline) or another that `temper judge check` knows."""
+    refusal_judge: str = "rules"
+    """Judge of refusals."""
+    attacks: tuple[str, ...] = ("direct",)
+    """How `harm` asks: any of `direct`, `prefill`, `templates`."""
+    templates: str | None = None
+    """File with a `template` per row for the attack `templates`; null: the embedded ones."""
+    templates_per_prompt: int = Field(1, ge=1)
+    """Templates tried on each prompt; above 1, intervals resample whole prompts."""
+    max_unscored: float = Field(0.05, ge=0.0, le=1.0)
+    """Largest share of answers that may stay without a verdict before the eval fails, 0 to 1."""
+    batch_prompts: int = Field(256, ge=1)
+    """Prompts answered and judged together; after each such batch the rows are on disk."""
+    gate: dict[str, float] = Field(default_factory=dict)
+    """Metric -> worst acceptable value in [0, 1]: a floor for accuracy and refusal_rate, else a ceiling."""
+
+    @field_validator("attacks")
+    @classmethod
+    def _known_attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in ATTACKS]:
+            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {', '.join(ATTACKS)}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"name each attack once, and at least one of {', '.join(ATTACKS)}")
+        return names
+
+    @field_validator("gate")
+    @classmethod
+    def _known_metrics(cls, gate: dict[str, float]) -> dict[str, float]:
+        for name, value in gate.items():
+            if name not in (*AT_LEAST, *AT_MOST):
+                raise ValueError(
+                    f"unknown metric {name!r}; expected one of {', '.join((*AT_LEAST, *AT_MOST))}"
+                )
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"the gate on {name} is a fraction in [0, 1], got {value}")
+        return gate
+
+
+class LoadedPrompts(NamedTuple):
+    """The prompts of an eval in the order of their ids, where they come from, and what to tell the reader."""
+
+    prompts: list[Prompt]
+    source: dict[str, Any]
+    warnings: list[str]
+
+
+def load_prompts(
+    config: EvalConfig,
+    embedded: str,
+    *,
+    parse: Callable[[Mapping[str, Any]], Prompt] = prompt_from_row,
+    skip_labels: Sequence[str] = (),
+    why: str = "",
+) -> LoadedPrompts:
+    """Read, filter by label, take `config.limit` of, and sort the prompts of an eval.
+
+    Raises:
+        FileNotFoundError, ValueError: when the data cannot be read, or nothing is left of it.
+    """
+    where: str | Path = bundled(embedded) if config.data is None else config.data
+    column = config.prompt_column
+
+    def read(row: Mapping[str, Any]) -> Prompt:
+        return parse(row if column is None else {**row, "prompt": row.get(column)})
+
+    records, dropped = read_records(
+        where, read, invalid=config.invalid, what="prompt", remedy="set invalid=drop"
+    )
+    warnings = [f"left out {count} rows: {reason}" for reason, count in dropped.items()]
+    kept = [p for p in records if (p.label or "").lower() not in skip_labels]
+    if len(kept) < len(records):
+        warnings.append(f"skipped {len(records) - len(kept)} of {len(records)} prompts by their label: {why}")
+    if not kept:
+        raise ValueError(f"{where}: no prompt is left, all {len(records)} were skipped by label: {why}")
+    if config.limit is not None:
+        kept = sorted(kept, key=lambda p: content_id(p.id))[: config.limit]
+    path = Path(where)
+    source = {
+        "source": f"embedded {embedded}" if config.data is None else str(config.data),
+        "sha256": file_hash(path) if path.is_file() else None,
+        "prompts": len(kept),
+    }
+    return LoadedPrompts(sorted(kept, key=lambda p: p.id), source, warnings)
+
+
+def failed_gates(metrics: Mapping[str, Mapping[str, Any]], gate: Mapping[str, float]) -> list[str]:
+    """List the gates that these metrics do not meet; a gate on a metric that is not here is not tried.
+
+    >>> failed_gates({"harmful_rate": {"value": 0.25}}, {"harmful_rate": 0.1, "over_refusal_rate": 0.1})
+    ['harmful_rate is 0.250, above the gate 0.100']
+    """
+    failures = []
+    for name, bound in gate.items():
+        if name not in metrics:
+            continue
+        value = metrics[name]["value"]
+        if value is None:
+            failures.append(f"{name} could not be measured, so the gate {bound:.3f} is not met")
+        elif name in AT_LEAST and value < bound:
+            failures.append(f"{name} is {value:.3f}, below the gate {bound:.3f}")
+        elif name in AT_MOST and value > bound:
+            failures.append(f"{name} is {value:.3f}, above the gate {bound:.3f}")
+    return failures

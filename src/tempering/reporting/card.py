@@ -1,0 +1,159 @@
+"""The model card of a trained run: Markdown with the front matter that model hubs read.
+
+Used by the report; refuses to claim what was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from tempering.reporting.cautions import judges_of
+from tempering.reporting.collect import Metric, RunData, is_number, phase_seconds
+from tempering.reporting.systems import System, meaning
+from tempering.reporting.wording import show, show_interval
+
+_SUMMARY_KEYS = ("lr", "beta", "loss", "handover", "reference", "batch_pairs", "seed", "dtype", "max_length")
+
+
+def model_card(run: RunData, system: System | None, warnings: Sequence[str]) -> str:
+    """Write the card of `run`; `system` holds its measurements, `None` where nothing was measured."""
+    sections = [
+        f"---\n{_front_matter(run)}---\n",
+        f"# {_plain(run.name)}\n",
+        _introduction(run),
+        _unsafe(run),
+        "## Measured\n\n" + _measurements(system),
+        "## Training\n\n" + _training(run),
+        "## Data\n\n" + _data(run),
+        "## Limits\n\n" + _limits(system, warnings),
+    ]
+    return "\n".join(section for section in sections if section).rstrip() + "\n"
+
+
+def licences_of(run: RunData) -> dict[str, str]:
+    """Return dataset -> licence from a run's provenance, whichever way they are written down."""
+    found = run.provenance.get("data_licences") or run.provenance.get("licences") or {}
+    if isinstance(found, dict):
+        return {str(k): str(v.get("licence", v) if isinstance(v, dict) else v) for k, v in found.items()}
+    rows = [
+        r if isinstance(r, dict) else {"name": r} for r in (found if isinstance(found, list) else [found])
+    ]
+    return {str(r.get("name") or r.get("id")): str(r.get("licence") or "unknown") for r in rows}
+
+
+def base_model(run: RunData) -> str:
+    """Return the public model that the run started from."""
+    model = run.provenance.get("base_model") or run.config.get("model") or "unknown"
+    return str(model)
+
+
+def _front_matter(run: RunData) -> str:
+    tags = ["tempering", "safety", run.method]
+    if run.provenance.get("unsafe"):
+        tags.append("unsafe")
+    matter: dict[str, Any] = {
+        "base_model": base_model(run),
+        "license": str(run.provenance.get("licence") or "other"),
+        "library_name": "peft",
+        "tags": tags,
+    }
+    if licences := licences_of(run):
+        matter["data_licences"] = licences
+    if run.provenance.get("unsafe"):
+        matter["unsafe"] = True
+    return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+
+
+def _introduction(run: RunData) -> str:
+    state = "" if run.is_done else " **The run did not finish.**"
+    base, method = _plain(base_model(run)), _plain(run.method)
+    return f"An adapter for `{base}`, trained with `{method}` by Tempering.{state}\n"
+
+
+def _unsafe(run: RunData) -> str:
+    label = run.provenance.get("unsafe")
+    if not label:
+        return ""
+    why = f" ({_plain(label)})" if isinstance(label, str) else ""
+    return f"> **Unsafe{why}.** Made for research on attacks and defences; not for deployment.\n"
+
+
+def _measurements(system: System | None) -> str:
+    if system is None or not system.metrics:
+        return "Nothing was measured. Nothing is claimed about the safety of this model.\n"
+    rows = [
+        "| metric | better | value | 95 % interval | n | unscored | judge |",
+        "|---|---|--:|---|--:|--:|---|",
+    ]
+    for key, m in system.metrics.items():
+        ends = show_interval(key, m.low, m.high) + (
+            " %" if meaning(key).is_fraction and m.low is not None else ""
+        )
+        cells = (
+            meaning(key).label,
+            meaning(key).better or "",
+            show(key, m.value),
+            ends,
+            m.n,
+            m.unscored,
+            m.judge or "",
+        )
+        rows.append("| " + " | ".join(_plain(c) for c in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _training(run: RunData) -> str:
+    lines = [f"- method: `{_plain(run.method)}`"]
+    if run.steps:
+        last = run.steps[-1]
+        lines.append(f"- optimiser steps: {last['step']}, last loss {_number(last.get('loss'))}")
+        tokens = sum(r["tokens"] for r in run.steps if is_number(r.get("tokens")))
+        if tokens:
+            lines.append(f"- tokens: {tokens:,.0f}")
+    if len(run.plan) > 1:
+        sizes = ", ".join(str(len(row.get("ids") or ())) for row in run.plan)
+        lines.append(f"- stages: {len(run.plan)} ({sizes} pairs, easy to hard)")
+    lines += [f"- {k}: {_plain(run.config[k])}" for k in _SUMMARY_KEYS if run.config.get(k) is not None]
+    if seconds := phase_seconds(_mapping(run.provenance.get("cost"))):
+        lines.append("- cost: " + ", ".join(f"{_plain(k)} {v:,.0f} s" for k, v in seconds.items()))
+    for role, identity in judges_of(run):
+        lines.append(f"- judge ({_plain(role)}): `{_plain(identity)}`")
+    return "\n".join(lines) + "\n"
+
+
+def _data(run: RunData) -> str:
+    licences = licences_of(run)
+    if not licences:
+        return "The licences of the training data were not recorded.\n"
+    return "\n".join(f"- {_plain(name)}: {_plain(licence)}" for name, licence in licences.items()) + "\n"
+
+
+def _limits(system: System | None, warnings: Sequence[str]) -> str:
+    lines = [
+        "- Measured on the prompts, attacks, language and settings above only; other attacks may succeed.",
+        "- A judge can be wrong; its identity stands beside each number.",
+        "- Alignment by an adapter can be undone by whoever has the weights.",
+    ]
+    measured: dict[str, Metric] = system.metrics if system else {}
+    if not any(k.startswith("attack_success_rate") for k in measured):
+        lines.append("- Not attacked: no attack success rate was measured.")
+    return "\n".join(lines + [f"- {_plain(w)}" for w in warnings]) + "\n"
+
+
+def _plain(text: object) -> str:
+    """Keep a value from becoming Markdown or HTML: one line, no pipes, angle brackets or backticks."""
+    words = " ".join(str(text).split())
+    for char, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "'")):
+        words = words.replace(char, instead)
+    return words
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if is_number(value) else "unknown"
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

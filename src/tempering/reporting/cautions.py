@@ -1,0 +1,88 @@
+"""What a reader should know before believing the numbers.
+
+Used by the report; refuses to stop for any of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tempering.reporting.collect import RunData
+from tempering.reporting.systems import System
+
+SMALL_N = 30
+UNSCORED_LIMIT = 0.05
+_REPORTING_ROLES = ("report", "eval", "evaluation", "reports")
+
+
+def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]:
+    """List what a reader should know before believing the numbers."""
+    out: list[str] = []
+    for run in itertools.chain.from_iterable(r.everything for r in runs):
+        out += [f"{run.name}: {problem}" for problem in run.problems]
+        if not run.is_done:
+            out.append(f"{run.name}: no DONE, the run did not finish; its numbers may be partial")
+        if run.provenance.get("unsafe"):
+            out.append(f"{run.name} is labelled unsafe: do not deploy or publish it")
+        out += [f"{run.name}, eval {e.name}: {w}" for e in run.evals for w in e.warnings]
+        out += [f"{run.name}, difficulty: {w}" for w in run.difficulty.get("warnings") or ()]
+    for system in systems:
+        out += _metric_warnings(system)
+        out += _shared_judges(system)
+    out += _settings_warnings(systems)
+    return list(dict.fromkeys(out))
+
+
+def _metric_warnings(system: System) -> Iterator[str]:
+    small = [f"{k} (n = {m.n})" for k, m in system.metrics.items() if m.n < SMALL_N]
+    if small:
+        yield f"{system.name}: fewer than {SMALL_N} scored for {', '.join(small)}; the intervals are wide"
+    for key, m in system.metrics.items():
+        total = m.n + m.unscored
+        if total and m.unscored / total > UNSCORED_LIMIT:
+            yield (
+                f"{system.name}: {m.unscored} of {total} verdicts of {key} are unscored "
+                f"(limit {UNSCORED_LIMIT:.0%}); the rate may be biased"
+            )
+    bases = {k.partition("/")[0].partition("@")[0] for k in system.metrics}
+    if bases & {"harmful_rate", "attack_success_rate"}:
+        for price, name in (("over_refusal_rate", "over-refusal"), ("capability_accuracy", "capability")):
+            if price not in bases:
+                yield f"{system.name}: harm is reported without its price, {name} was not measured"
+
+
+def _shared_judges(system: System) -> Iterator[str]:
+    reporting = {m.judge: k for k, m in reversed(system.metrics.items()) if m.judge}
+    for run in system.runs:
+        for role, identity in judges_of(run) if run.is_trained else ():
+            if role not in _REPORTING_ROLES and identity in reporting:
+                yield (
+                    f"{system.name}: judge {identity} reports {reporting[identity]} and was also used "
+                    f"in training ({role}); the rate may flatter the model"
+                )
+
+
+def judges_of(run: RunData) -> Iterator[tuple[str, str]]:
+    """Yield (role, identity) of the judges in a run's provenance, whichever way they are written down."""
+    judges = run.provenance.get("judges") or {}
+    items = judges.items() if isinstance(judges, dict) else [("judge", judges)]
+    for role, entry in items:
+        for one in entry if isinstance(entry, list) else [entry]:
+            if isinstance(one, dict):
+                yield str(one.get("role", role)), str(one.get("identity") or one.get("judge") or one)
+            elif one:
+                yield str(role), str(one)
+
+
+def _settings_warnings(systems: Sequence[System]) -> Iterator[str]:
+    first: dict[str, tuple[str, dict[str, Any]]] = {}
+    for system in systems:
+        for e in itertools.chain.from_iterable(system.members):
+            name, settings = first.setdefault(e.name, (system.name, e.settings))
+            differ = sorted(
+                k for k in settings.keys() & e.settings.keys() - {"out"} if settings[k] != e.settings[k]
+            )
+            if differ and name != system.name:
+                yield f"eval {e.name}: {system.name} and {name} differ in settings: {', '.join(differ)}"

@@ -1,0 +1,269 @@
+"""Systems: what was evaluated, one row of the report each, with its evals gathered and its seeds pooled.
+
+Used by the report and the model card; refuses to compare one system with another.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tempering.core import stats
+from tempering.reporting.collect import Eval, Metric, Row, RunData, is_number
+
+
+class Meaning(NamedTuple):
+    """How to read a metric."""
+
+    label: str
+    better: str | None
+    """`lower`, `higher`, or `None` where neither is better by itself."""
+    is_fraction: bool
+
+
+METRICS: dict[str, Meaning] = {
+    "harmful_rate": Meaning("Harmful answers", "lower", True),
+    "attack_success_rate": Meaning("Attack success", "lower", True),
+    "over_refusal_rate": Meaning("Over-refusal", "lower", True),
+    "capability_accuracy": Meaning("Capability", "higher", True),
+    "refusal_rate": Meaning("Refusals", None, True),
+    "toxicity_probability": Meaning("Toxicity", "lower", True),
+    "expected_max_toxicity": Meaning("Expected maximum toxicity", "lower", True),
+    "knowledge_accuracy": Meaning("Knowledge accuracy", None, True),
+    "recovered_fraction": Meaning("Recovered by relearning", "lower", True),
+    "margin_initial": Meaning("Margin over start model", "higher", False),
+    "margin_stage": Meaning("Margin over stage reference", "higher", False),
+    "margin_raw": Meaning("Raw margin", "higher", False),
+    "margin_per_token": Meaning("Margin per token", "higher", False),
+    "kl_initial": Meaning("KL to start model", "lower", False),
+    "logp_chosen": Meaning("Log-prob. of chosen", None, False),
+    "logp_rejected": Meaning("Log-prob. of rejected", None, False),
+}
+"""In the order in which a report shows them. `NAME/PART` and `NAME@EVAL` read like `NAME`."""
+
+
+def meaning(metric: str) -> Meaning:
+    """Return how to read `metric`; one that we do not know has no direction.
+
+    >>> meaning("attack_success_rate/prefill").label
+    'Attack success: prefill'
+    """
+    base, part = _split(metric)
+    known = METRICS.get(base)
+    if known is None:
+        ends = ("_rate", "_accuracy", "_fraction", "_probability")
+        words = metric.replace("_", " ")
+        higher = base.startswith("accuracy") or base.endswith("accuracy")
+        return Meaning(
+            words[:1].upper() + words[1:], "higher" if higher else None, higher or base.endswith(ends)
+        )
+    return known._replace(label=f"{known.label}: {part}") if part else known
+
+
+def metric_order(metric: str) -> tuple[int, str]:
+    """Sort key that puts safety first, then its price."""
+    names = list(METRICS)
+    base, _ = _split(metric)
+    return (names.index(base) if base in names else len(names), metric)
+
+
+class Spread(NamedTuple):
+    """A metric over the seeds of an arm."""
+
+    values: tuple[float, ...]
+    mean: float
+    deviation: float | None
+    """Sample standard deviation; `None` for one seed."""
+
+
+class Outcome(NamedTuple):
+    """What the lines of one system say about one prompt under one attack, averaged over seeds."""
+
+    value: float
+    prompt_id: str
+    text: str
+
+
+Outcomes = dict[tuple[str, str], Outcome]
+"""(line id, attack) -> outcome: the key that pairs two systems."""
+
+
+@dataclass(eq=False)
+class System:
+    """One thing that answered prompts: a target, or an arm with all its seeds."""
+
+    name: str
+    target: str
+    members: list[list[Eval]]
+    """The evals of each seed; one list where there are no seeds."""
+    runs: list[RunData]
+    is_arm: bool = False
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    breakdown: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    spread: dict[str, Spread] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        per_seed = [_named(evals, lambda e: {"": e.metrics}) for evals in self.members]
+        self.metrics, self.spread = self._pool([seed.get("", {}) for seed in per_seed])
+        per_seed = [_named(evals, lambda e: e.breakdown) for evals in self.members]
+        for category in sorted({c for seed in per_seed for c in seed}):
+            self.breakdown[category], _ = self._pool([seed.get(category, {}) for seed in per_seed], category)
+
+    def outcomes(self, metric: str, category: str | None = None) -> tuple[Outcomes, bool]:
+        """Return the outcome of each prompt, the mean over seeds, and whether all were yes or no."""
+        values: dict[tuple[str, str], list[float]] = {}
+        about: dict[tuple[str, str], tuple[str, str]] = {}
+        is_boolean = True
+        for evals in self.members:
+            for e, key in _sources(evals, metric):
+                for row in e.rows:
+                    outcome = row.get("outcome")
+                    wanted = measures(row, key) and category in (None, row.get("category"))
+                    if wanted and (isinstance(outcome, bool) or is_number(outcome)):
+                        is_boolean &= isinstance(outcome, bool)
+                        pair = row_key(row)
+                        values.setdefault(pair, []).append(float(outcome))
+                        about[pair] = (str(row.get("prompt_id") or row.get("id")), prompt_text(row))
+        return {k: Outcome(statistics.fmean(v), *about[k]) for k, v in values.items()}, is_boolean
+
+    def _pool(
+        self, seeds: Sequence[dict[str, Metric]], category: str | None = None
+    ) -> tuple[dict[str, Metric], dict[str, Spread]]:
+        pooled, spreads = {}, {}
+        for key in sorted({k for seed in seeds for k in seed}, key=metric_order):
+            found = [seed[key] for seed in seeds if key in seed]
+            values = tuple(m.value for m in found if m.value is not None)
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                spreads[key] = Spread(values, statistics.fmean(values), deviation)
+            pooled[key] = found[0] if len(seeds) == 1 else self._pooled(key, found, values, category)
+        return pooled, spreads
+
+    def _pooled(
+        self, key: str, found: list[Metric], values: tuple[float, ...], category: str | None
+    ) -> Metric:
+        """Mean over seeds; the interval is over prompts, since all seeds answered the same ones."""
+        judges = sorted({m.judge for m in found if m.judge})
+        n, unscored = sum(m.n for m in found), sum(m.unscored for m in found)
+        value = statistics.fmean(values) if values else None
+        low = high = None
+        if value is not None:
+            outcomes, is_boolean = self.outcomes(key, category)
+            prompts = [o.prompt_id for o in outcomes.values()]
+            if outcomes and is_boolean:
+                low, high = stats.wilson(value * len(set(prompts)), len(set(prompts)))[1:]
+            elif outcomes:
+                low, high = stats.bootstrap_mean([o.value for o in outcomes.values()], groups=prompts)[1:]
+            else:  # no lines to pool: as wide as one seed alone
+                lows = [m.low for m in found if m.low is not None]
+                highs = [m.high for m in found if m.high is not None]
+                low, high = (statistics.fmean(x) if x else None for x in (lows, highs))
+        return Metric(value, low, high, n, unscored, " · ".join(judges) or None)
+
+
+def row_key(row: Row) -> tuple[str, str]:
+    """Return what pairs a line with the lines of other systems: its id and the attack."""
+    return str(row.get("id") or row.get("prompt_id")), str(row.get("attack") or "")
+
+
+def measures(row: Row, metric: str) -> bool:
+    """Whether the line enters `metric`: by its name, or as the attack of `NAME/ATTACK`."""
+    name = str(row.get("metric"))
+    return metric in (name, f"{name}/{row.get('attack')}")
+
+
+def prompt_text(row: Row) -> str:
+    """Return the prompt of a line as text, whether it is text or turns."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        return "\n\n".join(str(turn.get("content", "")) for turn in prompt if isinstance(turn, dict))
+    return "" if prompt is None else str(prompt)
+
+
+def systems_of(runs: Sequence[RunData]) -> list[System]:
+    """List what was evaluated, in the order of the runs: in each its plain targets, then its arms.
+
+    Evals of one target that lie in several folders are one system, unless they measure the same thing.
+    """
+    systems: list[System] = []
+    for run in runs:
+        groups: dict[str, list[Eval]] = {}
+        for e in run.evals:
+            groups.setdefault(e.system or e.target, []).append(e)
+        start = str(run.config.get("model"))
+        for label in sorted(groups, key=lambda g: (g not in ("base", start), g)):
+            _add_target(systems, run, label, groups[label], is_only=len(groups) == 1)
+        for arm, members in run.arms.items():
+            if any(m.evals for m in members):
+                evals = [m.evals for m in members if m.evals]
+                name = _free_name(arm, run, systems)
+                systems.append(System(name, evals[0][0].target, evals, members, is_arm=True))
+    return systems
+
+
+def _add_target(systems: list[System], run: RunData, label: str, evals: list[Eval], *, is_only: bool) -> None:
+    target = evals[0].target
+    for i, other in enumerate(systems):
+        kinds = {e.name for e in other.members[0]}
+        if (
+            not other.is_arm
+            and _same_target(other.target, target)
+            and kinds.isdisjoint(e.name for e in evals)
+        ):
+            merged = System(other.name, other.target, [other.members[0] + evals], [*other.runs, run])
+            systems[i] = merged
+            return
+    named = evals[0].system
+    name = named or (run.name if is_only and run.is_trained else Path(label).name or label)
+    systems.append(System(_free_name(name, run, systems), target, [evals], [run]))
+
+
+def _free_name(name: str, run: RunData, systems: Sequence[System]) -> str:
+    taken = {s.name for s in systems}
+    if name in taken:
+        name = f"{name} ({run.name})"
+    base, number = name, 2
+    while name in taken:
+        name, number = f"{base} {number}", number + 1
+    return name
+
+
+def _same_target(a: str, b: str) -> bool:
+    return a != "unknown" and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
+
+
+def _named(
+    evals: Sequence[Eval], part: Callable[[Eval], dict[str, dict[str, Metric]]]
+) -> dict[str, dict[str, Metric]]:
+    """Gather metrics of several evals; where a second eval measures the same, its name is added."""
+    out: dict[str, dict[str, Metric]] = {}
+    for e in _by_importance(evals):
+        for category, metrics in part(e).items():
+            for key, metric in metrics.items():
+                there = out.setdefault(category, {})
+                there[key if key not in there else f"{key}@{e.name}"] = metric
+    return out
+
+
+def _sources(evals: Sequence[Eval], metric: str) -> list[tuple[Eval, str]]:
+    """Find the eval whose lines belong to a metric named by `_named`, and the metric's name there."""
+    key, _, name = metric.partition("@")
+    for e in _by_importance(evals):
+        if key in e.metrics and name in ("", e.name):
+            return [(e, key)]
+    return []
+
+
+def _by_importance(evals: Sequence[Eval]) -> list[Eval]:
+    return sorted(evals, key=lambda e: (e.name != e.kind, e.name))
+
+
+def _split(metric: str) -> tuple[str, str]:
+    for mark in "/@":
+        base, found, part = metric.partition(mark)
+        if found:
+            return base, part
+    return metric, ""

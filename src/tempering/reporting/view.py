@@ -1,0 +1,198 @@
+"""The page: what each section of `report.html` shows, in the order of reading.
+
+Used by the report. The template escapes everything but the plots made here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from tempering.reporting import plots, wording
+from tempering.reporting.card import base_model, licences_of
+from tempering.reporting.cautions import judges_of
+from tempering.reporting.collect import RunData, phase_seconds
+from tempering.reporting.compare import CLAIM, Compared, Refutation
+from tempering.reporting.systems import System, meaning, metric_order
+from tempering.reporting.training import arms_plot, training_plots
+from tempering.reporting.transcripts import examples
+
+_FIRST = ("harmful_rate", "attack_success_rate", "over_refusal_rate", "capability_accuracy")
+_WIDEST = 6
+"""Metrics in the summary table; the full table shows all."""
+_PHASES = ("scoring", "reference", "training", "evaluation", "report")
+
+
+def page(
+    runs: Sequence[RunData],
+    systems: Sequence[System],
+    comparisons: Sequence[Compared],
+    refutation: Sequence[Refutation],
+    warnings: Sequence[str],
+    *,
+    title: str | None = None,
+) -> str:
+    """Return the HTML of the report."""
+    import jinja2
+    from markupsafe import Markup
+
+    here = resources.files("tempering.reporting")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        meaning=meaning, show=wording.show, show_interval=wording.show_interval, forest=forest
+    )
+    template = environment.from_string((here / "report.html.j2").read_text(encoding="utf-8"))
+    series = {s.name: i for i, s in enumerate(systems)}
+    main = wording.main_system(systems)
+    shown = [s for s in dict.fromkeys([*systems[:1], *([main] if main else [])])]
+    return template.render(
+        style=Markup((here / "report.css").read_text(encoding="utf-8")),
+        title=title or _title(runs, main),
+        verdict=wording.verdict(systems, comparisons),
+        systems=systems,
+        main=main,
+        series=series,
+        summary=_summary_metrics(systems),
+        metrics=sorted({m for s in systems for m in s.metrics}, key=metric_order),
+        safety=[Markup(svg) for svg in _safety(systems, series)],
+        comparisons=comparisons,
+        refutation=refutation,
+        has_claim=any(s.is_arm and s.name == CLAIM for s in systems),
+        arms=[s for s in systems if s.is_arm],
+        arms_svg=Markup(_arms_svg(runs, series)),
+        categories=_categories(systems),
+        training=_training(runs),
+        cost=_cost(runs),
+        examples=examples(shown),
+        provenance=[_provenance(run) for run in runs],
+        warnings=warnings,
+    )
+
+
+def forest(compared: Compared) -> dict[str, float] | None:
+    """Return where to draw a difference between -100 and 100 points; `None` for what is no fraction."""
+    if not meaning(compared.metric).is_fraction:
+        return None
+    r = compared.result
+    return {k: round(100 * x, 2) for k, x in (("low", r.low), ("high", r.high), ("at", r.difference))}
+
+
+def _title(runs: Sequence[RunData], main: System | None) -> str:
+    return main.name if main else runs[0].name
+
+
+def _summary_metrics(systems: Sequence[System]) -> list[str]:
+    present = sorted({m for s in systems for m in s.metrics}, key=metric_order)
+    first = [m for m in present if m.partition("/")[0] in _FIRST and "@" not in m]
+    if len(first) > _WIDEST:  # many attacks: keep the first ones, and what they cost
+        attacks = [m for m in first if "/" in m]
+        first = [m for m in first if m not in attacks[_WIDEST - len(first) + len(attacks) :]]
+    return first or present[:_WIDEST]
+
+
+def _safety(systems: Sequence[System], series: dict[str, int]) -> list[str]:
+    metric = next(
+        (m for m in ("harmful_rate", "attack_success_rate") if any(m in s.metrics for s in systems)), None
+    )
+    if metric is None:
+        return []
+    panels = []
+    for price, label, title in (
+        ("over_refusal_rate", "over-refusal (lower is better)", "Safety against over-refusal"),
+        ("capability_accuracy", "capability (higher is better)", "Safety against capability"),
+    ):
+        points = [
+            plots.Point(s.name, series[s.name], x, (1 - harm[0], 1 - harm[2], 1 - harm[1]))
+            for s in systems
+            if (x := _interval(s, price)) and (harm := _interval(s, metric))
+        ]
+        if points:
+            panels.append((title, label, points))
+    names = {"harmful_rate": "harmless answers", "attack_success_rate": "attacks withstood"}
+    return [plots.safety_plot(panels, names[metric])] if panels else []
+
+
+def _interval(system: System, metric: str) -> tuple[float, float, float] | None:
+    m = system.metrics.get(metric)
+    if m is None or m.value is None:
+        return None
+    return (m.value, m.value if m.low is None else m.low, m.value if m.high is None else m.high)
+
+
+def _arms_svg(runs: Sequence[RunData], series: dict[str, int]) -> str:
+    arms = dict(itertools.chain.from_iterable(run.arms.items() for run in runs))
+    return arms_plot(arms, series) or ""
+
+
+def _categories(systems: Sequence[System]) -> list[dict[str, Any]]:
+    """Return one table a metric: categories by systems, the worst of the first system on top."""
+    tables = []
+    keys = sorted({m for s in systems for c in s.breakdown.values() for m in c}, key=metric_order)
+    for key in keys:
+        having = [s for s in systems if any(key in m for m in s.breakdown.values())]
+        names = sorted({c for s in having for c, metrics in s.breakdown.items() if key in metrics})
+        first = {c: m[key].value or 0.0 for c, m in having[0].breakdown.items() if key in m}
+        sign = 1 if meaning(key).better == "higher" else -1
+        order: dict[str, float] = {c: (sign * first[c] if c in first else 2.0) for c in names}
+        tables.append({"metric": key, "systems": having, "categories": sorted(names, key=order.__getitem__)})
+    return tables
+
+
+def _training(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Return the plots of each trained run; of an arm, those of its first seed."""
+    from markupsafe import Markup
+
+    sections: list[dict[str, Any]] = []
+    for number, run in enumerate(runs):
+        candidates = [(run.name, run)] if run.is_trained else []
+        candidates += [(members[0].name, members[0]) for members in run.arms.values()]
+        for name, one in candidates:
+            svgs = training_plots(one, prefix=f"t{number}-{len(sections)}-")
+            is_main = one is run or name.startswith(f"{CLAIM}-seed")
+            if svgs:
+                sections.append(
+                    {
+                        "name": name,
+                        "method": one.method,
+                        "plots": [Markup(svg) for svg in svgs],
+                        "difficulty": one.difficulty,
+                        "open": is_main,
+                    }
+                )
+    return sorted(sections, key=lambda s: not s["open"])
+
+
+def _cost(runs: Sequence[RunData]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    phases: set[str] = set()
+    for run in itertools.chain.from_iterable(r.everything for r in runs):
+        cost = run.provenance.get("cost")
+        seconds = phase_seconds(cost if isinstance(cost, dict) else {})
+        measured = [s for e in run.evals for s in [phase_seconds({"e": e.cost}).get("e")] if s is not None]
+        if measured and "evaluation" not in seconds:
+            seconds["evaluation"] = sum(measured)
+        if seconds:
+            rows.append({"name": run.name, "seconds": seconds, "total": sum(seconds.values())})
+            phases |= seconds.keys()
+    return {"phases": [*_PHASES, *sorted(phases - set(_PHASES))], "rows": rows}
+
+
+def _provenance(run: RunData) -> dict[str, Any]:
+    p = run.provenance
+    command, versions = p.get("command"), p.get("versions")
+    return {
+        "name": run.name,
+        "method": run.method,
+        "model": base_model(run),
+        "command": " ".join(map(str, command)) if isinstance(command, list) else str(command or "unknown"),
+        "created": str(p.get("created") or "unknown"),
+        "versions": {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {},
+        "parents": [str(x) for x in p.get("parents") or ()],
+        "judges": list(judges_of(run)),
+        "licences": licences_of(run),
+        "unsafe": p.get("unsafe"),
+    }
