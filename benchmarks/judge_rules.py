@@ -30,9 +30,7 @@ def main(paths: list[str]) -> None:
             (refused if asks == "refused" else not refused) == row.label
             for refused, row in zip(says_refusal, labelled, strict=True)
         )
-        print(
-            f"{path}: {asks}, n = {card['n']}, {card['judge']}, {card['n'] / card['seconds']:,.0f} completions/s"
-        )
+        print(f"{path}: {asks}, n = {card['n']}, {card['judge']}, {card['n'] / card['seconds']:,.0f} completions/s")
         for name in ("accuracy", "sensitivity", "specificity", "kappa"):
             print(f"  {name:<24}{_line(card[name])}")
         print(f"  {'accuracy, phrase list':<24}{_line(wilson(hits, len(labelled))._asdict())}")

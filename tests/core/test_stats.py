@@ -13,6 +13,7 @@ from tempering.core.stats import (
     correct_rate,
     mcnemar,
     paired_bootstrap,
+    paired_fractions,
     separation,
     spearman,
     wilson,
@@ -122,7 +123,7 @@ def test_p_values_are_uniform_when_nothing_differs():
 
 
 def test_mcnemar_reproduces_the_published_example():
-    """Newcombe 1998, contrived example with cells 36, 12, 2, 0: difference 0.2000, method 10 from 0.0569 to 0.3404.
+    """Newcombe 1998, cells 36, 12, 2, 0: difference 0.2000, by method 10 from 0.0569 to 0.3404.
 
     By hand, exact p: 2 * P(X <= 2 | 14, 1/2) = 2 * (1 + 14 + 91) / 16384 = 0.0129395.
     """
@@ -153,6 +154,36 @@ def test_mcnemar_needs_pairs():
         mcnemar([True], [True, False])
     with pytest.raises(ValueError):
         mcnemar([], [])
+
+
+def test_paired_fractions_by_hand():
+    """a - b = 1, 0.5, 0, 0: mean 0.375; D = 1.5 / 6 = 0.25, variance (3.25 / 6 - 0.0625) / 6 = 0.0798611.
+
+    half = 1.959964 * 0.282597 = 0.553880: from -0.303880 to 0.803880; z = 0.884653, p = 0.3763.
+    """
+    got = paired_fractions([1, 0.5, 0.5, 0], [0, 0, 0.5, 0])
+    assert got[:4] == pytest.approx((0.375, -0.303880, 0.803880, 0.3763), abs=1e-4)
+
+
+def test_no_disagreement_at_all_still_has_an_interval():
+    got = paired_fractions([0.0] * 60, [0.0] * 60)
+    assert got.p_value == 1 and got.low == pytest.approx(-got.high) and 0.02 < got.high < 0.06
+
+
+def test_paired_fractions_cover_the_difference_of_seed_means():
+    """Each prompt has its own rate, three seeds draw from it: the true difference is 0.1."""
+    rng, hits = np.random.default_rng(8), []
+    for _ in range(1000):
+        rate = rng.beta(0.5, 0.8, 80) * 0.9
+        a, b = rng.random((2, 3, 80))
+        got = paired_fractions((a < rate + 0.1).mean(0), (b < rate).mean(0))
+        hits.append(got.low <= 0.1 <= got.high)
+    assert 0.93 < np.mean(hits) < 0.99
+
+
+def test_paired_fractions_refuse_what_is_no_fraction():
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        paired_fractions([1.5], [0])
 
 
 def test_correct_rate_by_hand():

@@ -199,6 +199,13 @@ def test_a_missing_file_is_named(name):
         list(read_rows(name))
 
 
+def test_a_slip_inside_an_existing_folder_does_not_ask_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data/pear: no such file or folder"):
+        list(read_rows("data/pear"))
+
+
 def test_an_unknown_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"p\.txt: unknown kind of file '\.txt'; expected one of"):
         list(read_rows(write(tmp_path / "p.txt", "a")))
@@ -213,9 +220,7 @@ def test_a_hub_id_is_loaded_with_revision_config_and_split(monkeypatch):
         return rows if split else {"train": rows, "test": rows}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert list(read_rows("org/name@v1.0:en:train")) == [
-        ("org/name@v1.0:en:train:1", {"prompt": "a", "note": None})
-    ]
+    assert list(read_rows("org/name@v1.0:en:train")) == [("org/name@v1.0:en:train:1", {"prompt": "a", "note": None})]
     assert asked == [("org/name", "en", "train", "v1.0")]
     with pytest.raises(ValueError, match="choose one of its splits train, test, as in org/name:train"):
         list(read_rows("org/name"))
@@ -273,3 +278,13 @@ def test_nothing_usable_is_an_error_even_when_dropping(tmp_path):
 def test_limit_reads_no_further_than_it_must(tmp_path):
     path = write(tmp_path / "p.jsonl", prompts("a", "b") + "not json")
     assert [p.text for p in read_records(path, prompt_from_row, limit=2).records] == ["a", "b"]
+
+
+def test_repeats_may_be_dropped_while_an_id_for_two_contents_is_an_error(tmp_path):
+    path = write(tmp_path / "p.jsonl", lines({"prompt": "a"}, {"prompt": "a"}, {"prompt": "b", "id": 7}))
+    parsed = read_records(path, prompt_from_row, repeats="drop", what="prompt")
+    assert [p.text for p in parsed.records] == ["a", "b"]
+    assert parsed.dropped == {"repeats an earlier prompt": 1}
+    path = write(tmp_path / "p.jsonl", lines({"prompt": "a", "id": 7}, {"prompt": "b", "id": 7}))
+    with pytest.raises(ValueError, match="line 2: has the same id '7'"):
+        read_records(path, prompt_from_row, repeats="drop")

@@ -50,27 +50,34 @@ def evaluate(sampler, path, **settings):
     return capability.evaluate(sampler, EvalConfig(data=path, **settings), refusal_judge=RefusalJudge())
 
 
-def test_the_likeliest_choice_is_by_the_mean_not_the_sum(tmp_path):
-    """Sums -2 and -3 prefer the short one; means -2/1 and -3/3 prefer the longer."""
+def test_the_likeliest_choice_is_by_the_sum(tmp_path):
+    """Sums -2 and -3 prefer the short one, although the means -2/1 and -3/3 prefer the longer."""
     sampler = ScoringSampler({"short": (-2.0, 1), "a longer one": (-3.0, 3)})
     assert isinstance(sampler, Scorer)
     result = evaluate(sampler, data(tmp_path, choice(0, answer=1), choice(1, answer=0)))
     assert result.metrics["capability_accuracy/choice"]["value"] == 0.5
     by_prompt = {row["prompt"]: row for row in result.rows}
-    assert by_prompt["question 0"]["outcome"] is True
-    assert by_prompt["question 1"]["completion"] == "a longer one"
-    assert by_prompt["question 1"]["logprobs"] == [-2.0, -1.0]
+    assert by_prompt["question 0"]["outcome"] is False
+    assert by_prompt["question 1"]["completion"] == "short"
+    assert by_prompt["question 1"]["logprobs"] == [-2.0, -3.0]
+    assert by_prompt["question 1"]["tokens"] == [1, 3]
     assert result.metrics["capability_accuracy/choice"]["judge"] == capability.LIKELIEST
+    assert result.warnings == []
+
+
+def test_choices_of_very_different_lengths_are_warned_of(tmp_path):
+    result = evaluate(ScoringSampler({"short": (-2.0, 1), "a longer one": (-3.0, 4)}), data(tmp_path, choice()))
+    assert result.warnings[0].startswith("choices differ much in length (longest to shortest 4.0 in tokens)")
 
 
 def test_a_tie_is_a_miss_and_no_number_is_unscored():
     question = question_from_row(choice())
-    assert capability.scored_row(question, [(-1.0, 1), (-3.0, 3)])["outcome"] is False
+    assert capability.scored_row(question, [(-1.0, 1), (-1.0, 3)])["outcome"] is False
     assert capability.scored_row(question, [(-1.0, 1), (math.nan, 3)])["outcome"] is None
 
 
 def test_planted_accuracies_and_refusals_are_recovered(tmp_path):
-    """Of 20 exact answers 12 are right, 3 refusals, 5 wrong; of 20 choices all 10 with answer 1 are right."""
+    """Of 20 exact answers 12 are right, 3 refusals, 5 wrong; of 20 choices the 10 with answer 0 are right."""
 
     def script(prompt, index):
         number = int(prompt.text.rstrip("?").split()[-1])
@@ -108,9 +115,7 @@ def test_without_log_probabilities_a_letter_is_asked_for(tmp_path):
 
 def test_the_order_of_the_file_changes_nothing(tmp_path):
     rows = [*(choice(i, i % 2) for i in range(9)), *(exact(i) for i in range(9))]
-    sampler = ScoringSampler(
-        {"short": (-2.0, 1), "a longer one": (-3.0, 3)}, lambda p, i: p.text[-2] + " Paris"
-    )
+    sampler = ScoringSampler({"short": (-2.0, 1), "a longer one": (-3.0, 3)}, lambda p, i: p.text[-2] + " Paris")
     one = evaluate(sampler, data(tmp_path, *rows))
     other = evaluate(sampler, data(tmp_path, *rows[::-1]), batch_prompts=4)
     assert (one.rows, one.metrics) == (other.rows, other.metrics)
@@ -195,9 +200,7 @@ def test_an_answer_that_failed_is_unscored(tmp_path):
         return [[Completion(p.id, "", "error", error="down")] for p in prompts]
 
     sampler.name = "endpoint"
-    with pytest.raises(
-        RuntimeError, match=r'capability_accuracy: 2 of 2 answers unscored .*"no answer: down"'
-    ):
+    with pytest.raises(RuntimeError, match=r'capability_accuracy: 2 of 2 answers unscored .*"no answer: down"'):
         evaluate(sampler, data(tmp_path, choice(), exact()))
 
 

@@ -124,9 +124,7 @@ def test_a_prefill_in_the_data_is_judged_with_the_answer(tmp_path):
 def test_the_order_of_the_file_and_the_size_of_batches_change_nothing(tmp_path):
     one = evaluate(EvalConfig(data=data(tmp_path, 50), limit=20, attacks=["direct", "templates"]))
     other = evaluate(
-        EvalConfig(
-            data=data(tmp_path, 50, order=-1), limit=20, attacks=["direct", "templates"], batch_prompts=3
-        )
+        EvalConfig(data=data(tmp_path, 50, order=-1), limit=20, attacks=["direct", "templates"], batch_prompts=3)
     )
     assert one.rows == other.rows
     assert one.metrics == other.metrics
@@ -181,9 +179,7 @@ def test_a_target_that_fails_is_unscored_and_never_judged(tmp_path):
 
     sampler.name = "endpoint"
     judge = WordJudge("HARM")
-    result = harm.evaluate(
-        sampler, EvalConfig(data=data(tmp_path, 40)), judge=judge, refusal_judge=WordJudge("NO")
-    )
+    result = harm.evaluate(sampler, EvalConfig(data=data(tmp_path, 40)), judge=judge, refusal_judge=WordJudge("NO"))
     assert result.metrics["harmful_rate"]["n"] == 39
     assert len(judge.seen) == 39
     [row] = [row for row in result.rows if row["outcome"] is None]
@@ -255,7 +251,7 @@ def test_gates_are_ceilings_for_harm_and_floors_for_use():
 
 
 def test_run_eval_writes_both_files(tmp_path):
-    run = Run.create(tmp_path / "run", "eval", "")
+    run = Run(tmp_path / "run")
     calls = []
     sampler = ScriptedSampler(["I'm sorry, but I can't help with that."], name="target")
     document = run_eval(
@@ -293,7 +289,7 @@ def test_run_eval_writes_both_files(tmp_path):
 
 
 def test_an_interrupted_eval_goes_on_where_it_stopped(tmp_path):
-    run = Run.create(tmp_path / "run", "eval", "")
+    run = Run(tmp_path / "run")
     config = EvalConfig(data=data(tmp_path, 20), batch_prompts=5)
     asked = []
 
@@ -308,7 +304,7 @@ def test_an_interrupted_eval_goes_on_where_it_stopped(tmp_path):
     assert len(run.read_rows("evals/harm.partial.jsonl")) == 11
     resumed = run_eval("harm", ScriptedSampler(script), config, run, resume=True)
     assert len(asked) == 13 + 10
-    whole = run_eval("harm", ScriptedSampler(script), config, Run.create(tmp_path / "whole", "eval", ""))
+    whole = run_eval("harm", ScriptedSampler(script), config, Run(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
 
 
@@ -317,7 +313,7 @@ def test_an_interrupted_eval_goes_on_where_it_stopped(tmp_path):
     [("other target", {}, True), ("scripted", {"seed": 1}, True), ("scripted", {}, False)],
 )
 def test_answers_of_another_target_or_other_settings_are_not_taken_over(tmp_path, name, change, resume):
-    run = Run.create(tmp_path / "run", "eval", "")
+    run = Run(tmp_path / "run")
     path = data(tmp_path, 4)
     settings = {"target": "scripted", "settings": EvalConfig(data=path).model_dump(mode="json")}
     run.write_rows("evals/harm.partial.jsonl", [settings, {"id": "x", "outcomes": {"harmful_rate": True}}])
@@ -342,9 +338,7 @@ def test_unscored_rows_of_a_journal_are_asked_again(tmp_path):
 
 
 def test_an_unknown_eval_lists_the_known_ones(tmp_path):
-    with pytest.raises(
-        ValueError, match="unknown eval 'pear'; expected one of harm, over_refusal, capability"
-    ):
+    with pytest.raises(ValueError, match="unknown eval 'pear'; expected one of harm, over_refusal, capability"):
         run_eval("pear", ScriptedSampler(["x"]), EvalConfig(), Run(tmp_path))
 
 
@@ -352,3 +346,11 @@ def test_bundled_prompts_serve_by_default():
     result = evaluate(EvalConfig(), lambda p, i: "HARM")
     assert len(result.rows) == 100
     assert result.source["source"] == "embedded harmful_heldout"
+
+
+def test_a_repeated_prompt_is_asked_once_and_counted(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "bad thing 1"}) + "\n" + json.dumps({"prompt": "bad thing 1"}))
+    result = evaluate(EvalConfig(data=str(path)))
+    assert len(result.rows) == 1
+    assert result.warnings == ["left out 1 rows: repeats an earlier prompt"]

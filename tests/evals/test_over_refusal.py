@@ -89,9 +89,7 @@ def test_only_harmful_prompts_are_an_error(tmp_path):
 
 
 def test_bundled_prompts_serve_by_default():
-    result = over_refusal.evaluate(
-        ScriptedSampler(["compliance"]), EvalConfig(limit=7), refusal_judge=LabelJudge()
-    )
+    result = over_refusal.evaluate(ScriptedSampler(["compliance"]), EvalConfig(limit=7), refusal_judge=LabelJudge())
     assert len(result.rows) == 7
     assert result.metrics["over_refusal_rate"]["value"] == 0.0
 

@@ -14,7 +14,7 @@ from tempering.core.records import Prompt, content_id
 
 _POLITE = re.compile(r"^(please\s+|(can|could|would|will) you\s+(please\s+)?)+", re.IGNORECASE)
 _TELL = re.compile(
-    r"^(?:(?:tell|show|teach)\s+(?:me|us)|(?:explain|describe)(?:\s+to\s+(?:me|us))?)\s+(?=how|what|why|where|who|when)",
+    r"^(?:(?:tell|show|teach)\s+(?:me|us)|(?:explain|describe|suggest|outline)(?:\s+to\s+(?:me|us))?)\s+(?=how|what|why|where|who|when)",
     re.IGNORECASE,
 )
 _HOW = re.compile(
@@ -24,10 +24,13 @@ _HOW = re.compile(
 )
 _MAKE = re.compile(
     r"^(?:write|create|develop|give|provide|make|design|draft|generate|compose|produce|list|outline|suggest|describe)"
-    r"\s+(?:(?:me|us)\s+)?(?P<what>(?:a|an|the|some|step|detailed|instructions|tips|ways)\b.+)",
+    r"\s+(?:(?:me|us)\s+)?(?P<what>(?:a|an|the|some|step|steps|detailed|instructions|tips|ways)\b.+)",
     re.IGNORECASE,
 )
-_QUESTION = re.compile(r"^(how|what|why|which|who|where|when|is|are|does|do|should|can)\b", re.IGNORECASE)
+_MANY = re.compile(r"^(some|detailed|instructions|tips|ways|steps)\b", re.IGNORECASE)
+_QUESTION = re.compile(
+    r"^(i|my|we|there|how|what|why|which|who|where|when|is|are|does|do|should|can)\b", re.IGNORECASE
+)
 
 
 def apply_prefill(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -49,7 +52,8 @@ def opening(request: str) -> str:
     first = _TELL.sub("", _POLITE.sub("", first))
     for pattern, words in ((_HOW, "how to "), (_MAKE, "")):
         if match := pattern.match(first):
-            return f"Sure, here is {words}{_lower_first(match['what'])}:"
+            verb = "are" if _MANY.match(match["what"]) and not words else "is"
+            return f"Sure, here {verb} {words}{_lower_first(match['what'])}:"
     if _QUESTION.match(first) or not first or len(first) > 200:
         return "Sure, here is the answer:"
     return f"Sure, here is how to {_lower_first(first)}:"

@@ -56,14 +56,19 @@ def template_from_row(row: Mapping[str, Any]) -> Template:
 def load_templates(
     source: str | Path | None = None, *, invalid: Literal["error", "drop"] = "error"
 ) -> list[Template]:
-    """Read templates from a file, by default the embedded ones.
+    """Read templates from a file, by default the embedded ones; a repeated text counts once.
 
     Raises:
         FileNotFoundError, ValueError: see `data.files.read_records`.
     """
     where = bundled("templates") if source is None else source
     return read_records(
-        where, template_from_row, invalid=invalid, what="template", remedy="set invalid=drop"
+        where,
+        template_from_row,
+        invalid=invalid,
+        repeats="drop",
+        what="template",
+        remedy="set invalid=drop",
     ).records
 
 
@@ -71,15 +76,19 @@ def apply_templates(
     prompts: Sequence[Prompt], templates: Sequence[Template], *, per_prompt: int = 1, seed: int = 0
 ) -> list[Prompt]:
     """Put the last user turn of each prompt into `per_prompt` different templates (all, where fewer)."""
+    ordered = sorted(templates, key=lambda template: template.id)
     return [
         _templated(prompt, template)
         for prompt in prompts
-        for template in _chosen(templates, prompt.id, per_prompt, seed)
+        for template in _drawn(ordered, prompt.id, per_prompt, seed)
     ]
 
 
-def _chosen(templates: Sequence[Template], prompt_id: str, count: int, seed: int) -> list[Template]:
-    return sorted(templates, key=lambda t: content_id(seed, prompt_id, t.id))[:count]
+def _drawn(templates: Sequence[Template], prompt_id: str, count: int, seed: int) -> list[Template]:
+    """Draw without replacement, by a hash of seed, prompt and draw rather than a generator's state."""
+    pool = list(templates)
+    draws = range(min(count, len(pool)))
+    return [pool.pop(int(content_id(seed, prompt_id, draw), 16) % len(pool)) for draw in draws]
 
 
 def _templated(prompt: Prompt, template: Template) -> Prompt:

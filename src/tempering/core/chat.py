@@ -80,7 +80,10 @@ def encode(
     text = _render(tokenizer, [*messages, {"role": "assistant", "content": completion}])
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if ids[: len(prompt)] != prompt:
-        at = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b),
+            min(len(ids), len(prompt)),
+        )
         raise ValueError(
             f"prompt tokens are not a prefix of prompt+completion (first difference at token {at}); this chat "
             "template rewrites earlier turns, so the row cannot be masked; use another template or prompt_format=raw"

@@ -191,7 +191,13 @@ def convert_gguf(path: Path) -> Path:
             loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             # save_pretrained refuses a model that still carries the GGUF quantisation config.
             plain = loaded.config.to_dict()
-            for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype"):
+            for key in (
+                "quantization_config",
+                "_name_or_path",
+                "_model_name_or_path",
+                "dtype",
+                "torch_dtype",
+            ):
                 plain.pop(key, None)
             config = AutoConfig.for_model(plain.pop("model_type"), **plain)
             clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

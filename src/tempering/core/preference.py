@@ -28,12 +28,12 @@ class PairScores(NamedTuple):
 
     @property
     def delta_chosen(self) -> Float[Tensor, " B"]:
-        """log pi(y+|x) - log pi_ref(y+|x), in nats."""
+        """Log pi(y+|x) - log pi_ref(y+|x), in nats."""
         return self.chosen - self.ref_chosen
 
     @property
     def delta_rejected(self) -> Float[Tensor, " B"]:
-        """log pi(y-|x) - log pi_ref(y-|x), in nats."""
+        """Log pi(y-|x) - log pi_ref(y-|x), in nats."""
         return self.rejected - self.ref_rejected
 
     @property

@@ -264,9 +264,7 @@ def _split_pair(row: Mapping[str, Any]) -> tuple[tuple[dict[str, str], ...], str
         raise ValueError(f"missing column 'prompt'; found {_columns(row)}")
     chosen, rejected = as_messages(row["chosen"]), as_messages(row["rejected"])
     if chosen[:-1] != rejected[:-1] or not chosen[:-1]:
-        raise ValueError(
-            "without a 'prompt' column, 'chosen' and 'rejected' must share all turns but the last"
-        )
+        raise ValueError("without a 'prompt' column, 'chosen' and 'rejected' must share all turns but the last")
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 

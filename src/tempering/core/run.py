@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 PACKAGES = ("tempering", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
@@ -31,30 +32,40 @@ class Run:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @staticmethod
+    def require_free(out: str | Path, resume: bool) -> None:
+        """Refuse an existing run early, before a model is loaded for it.
+
+        Raises:
+            FileExistsError: the folder holds something and `resume` is false.
+        """
+        root = Path(out)
+        if root.exists() and not root.is_dir():
+            raise FileExistsError(f"{root} is a file; give another folder with out=DIR")
+        if not resume and root.exists() and any(root.iterdir()):
+            raise FileExistsError(f"run folder {root} exists; add --resume to go on, or out=DIR for another")
+
     @classmethod
-    def create(cls, out: str | Path, method: str, config_yaml: str, *, resume: bool = False) -> Run:
+    def create(
+        cls, out: str | Path, method: str, config: BaseModel, *, resume: bool = False, is_main: bool = True
+    ) -> Run:
         """Start a run folder, or with `resume` go on in one that was started with the same configuration.
+
+        Only the main process (`is_main`) writes.
 
         Raises:
             FileExistsError: the folder holds something and `resume` is false.
             ValueError: `resume`, but method or configuration differ, with the first field that does.
         """
         run = cls(Path(out))
+        if not is_main:
+            return run
+        cls.require_free(out, resume)
+        wanted = {"method": method, **config.model_dump(mode="json")}
         config_file = run.root / "config.yaml"
-        wanted = {"method": method, **(yaml.safe_load(config_yaml) or {})}
-        if run.root.exists() and not run.root.is_dir():
-            raise FileExistsError(f"{run.root} is a file; give another folder with out=DIR")
-        if run.root.exists() and any(run.root.iterdir()):
-            if not resume:
-                raise FileExistsError(
-                    f"run folder {run.root} exists; add --resume to go on, or out=DIR for another"
-                )
-            if config_file.is_file():
-                _require_equal(
-                    yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}, wanted, run.root
-                )
-                return run
-        run.root.mkdir(parents=True, exist_ok=True)
+        if config_file.is_file():
+            _require_equal(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}, wanted, run.root)
+            return run
         run.write_text("config.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
         return run
 

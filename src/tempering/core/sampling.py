@@ -168,9 +168,15 @@ class LocalSampler:
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=policy.end_ids, use_cache=True
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=policy.end_ids,
+            use_cache=True,
         )
-        pick = LogitsProcessorList([KeyedSampling(keys, width, max_new_tokens, temperature, top_p)] if temperature else [])
+        pick = LogitsProcessorList(
+            [KeyedSampling(keys, width, max_new_tokens, temperature, top_p)] if temperature else []
+        )
         with torch.inference_mode(), quiet_libraries():
             # The model's own generation_config would add its temperature and penalties to ours.
             own, policy.base.generation_config = policy.base.generation_config, config
@@ -209,7 +215,9 @@ class KeyedSampling(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits that are finite at the sampled token only. (B, T), (B, V) -> (B, V)."""
         u = torch.from_numpy(self.uniform[:, input_ids.shape[1] - self.width]).to(scores.device)
-        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
+        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(
+            dim=-1, descending=True, stable=True
+        )
         mass = probs.cumsum(-1)
         # Nucleus: keep the smallest set whose mass reaches top_p; the first token always stays.
         kept = probs.masked_fill(mass - probs >= self.top_p, 0.0).cumsum(-1)

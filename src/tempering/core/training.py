@@ -28,6 +28,8 @@ class Processes:
 
     def __init__(self, device: torch.device, report_to: str | None = None) -> None:
         self.accelerator = Accelerator(cpu=device.type == "cpu", log_with=report_to)
+        if report_to:
+            self.accelerator.init_trackers("tempering")
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -56,6 +58,11 @@ class Processes:
     def same(self, value: Any) -> Any:
         """Return the main process's value everywhere."""
         return value if self.world == 1 else broadcast_object_list([value], from_process=0)[0]
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """Send the numbers of a row to the trackers, if any."""
+        if self.accelerator.log_with:
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
 
     def wait(self) -> None:
         """Wait until every process is here."""
@@ -149,15 +156,16 @@ def linear_to_zero(t: int, steps: int, warmup: int = 0) -> float:
 
 
 def save_checkpoint(
-    run: Run, policy: Policy, optimisation: Optimisation | None, state: dict[str, Any], keep: int = 1
+    run: Run, policy: Policy, optimisation: Optimisation, state: dict[str, Any], *, whole: bool, keep: int = 1
 ) -> None:
     """Write `checkpoints/step-N/` (N = `state["step"]`), whole or not at all, then delete older ones.
 
-    Every process calls this (sharded tensors are gathered); the main one writes.
+    `whole`: all weights, not the adapters alone. Every process calls this (sharded tensors are gathered);
+    the main one writes.
     """
-    weights = policy.state() if policy.trainable == "full" else policy.adapter_state()
-    moments = optimisation.state() if optimisation is not None else {}
-    if optimisation is not None and not optimisation.processes.is_main:
+    weights = policy.state() if whole else policy.adapter_state()
+    moments = optimisation.state()
+    if not optimisation.processes.is_main:
         return
     parent = run.path("checkpoints/x").parent
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".saving-"))
@@ -230,4 +238,3 @@ def _checkpoints(run: Run) -> list[Path]:
 
 def _full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-

@@ -76,7 +76,7 @@ def check_file(
                 continue
             example = row if example is None else example
             if duplicate := repeated(record, where, seen):
-                add(where, duplicate, "duplicate")
+                add(where, duplicate.problem, "duplicate")
                 continue
             report["valid"] += 1
             sizes = _sizes(record, tokenizer)

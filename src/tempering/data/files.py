@@ -19,7 +19,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tempering.core.records import ParsedRows
 from tempering.data.formats import READERS, Scanned, at, without_nan
@@ -33,8 +33,17 @@ BUNDLED = (
     "dev_harmful",
     "dev_borderline",
 )
+OnTrouble = Literal["error", "drop"]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.:-]+))?")
 SPLITS = re.compile(r"(?:^|[._/-])(train|test|validation|valid|val|dev|eval)(?=$|[._/-])")
+
+
+class Repeat(NamedTuple):
+    """Why a record is not new."""
+
+    problem: str
+    is_content: bool
+    """Whether an earlier row says the same, rather than something else under the same id."""
 
 
 def bundled(name: str) -> Path:
@@ -66,14 +75,17 @@ def read_records(
     parse: Callable[[dict[str, Any]], Any],
     *,
     limit: int | None = None,
-    invalid: Literal["error", "drop"] = "error",
+    invalid: OnTrouble = "error",
+    repeats: OnTrouble | None = None,
     what: str = "row",
     remedy: str = "set data.invalid=drop",
 ) -> ParsedRows:
     """Parse a source into records with `parse` (`records.pair_from_row`, for instance).
 
     A row that cannot be read, and one whose id or whose content an earlier row has, is an error, or with
-    `invalid="drop"` left out and counted by reason. `limit` keeps the first records and reads no further.
+    `invalid="drop"` left out and counted by reason. `repeats` is the same for repeated content alone (by
+    default what `invalid` is): public benchmarks repeat prompts. An id that stands for two contents is
+    never merely a repeat. `limit` keeps the first records and reads no further.
 
     Raises:
         FileNotFoundError: when there is no such file or folder.
@@ -85,38 +97,39 @@ def read_records(
     for where, row, found in scan_rows(source):
         if limit is not None and len(records) >= limit:
             break
-        record, problem, duplicate = None, found, None
+        problem, reason, policy = found, found, invalid
         if row is not None:
             try:
                 record = parse(row)
             except ValueError as error:
-                problem = str(error)
+                problem = reason = str(error)
             else:
-                duplicate = repeated(record, where, seen)
-        if problem is None and duplicate is None:
-            records.append(record)
-        elif invalid == "error":
-            raise ValueError(f"{at(where)}: {problem or duplicate}; fix the {what} or {remedy}")
-        else:
-            reason = problem or f"repeats an earlier {what}"
-            dropped[reason] = dropped.get(reason, 0) + 1
+                repeat = repeated(record, where, seen)
+                if repeat is None:
+                    records.append(record)
+                    continue
+                problem, reason = repeat.problem, f"repeats an earlier {what}"
+                policy = (repeats or invalid) if repeat.is_content else invalid
+        if policy == "error":
+            raise ValueError(f"{at(where)}: {problem}; fix the {what} or {remedy}")
+        dropped[str(reason)] = dropped.get(str(reason), 0) + 1
     if not records and limit != 0:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
         raise ValueError(f"{source}: no usable {what} ({reasons}); fix the file or name another")
     return ParsedRows(records, dropped)
 
 
-def repeated(record: Any, where: str, seen: dict[str, str]) -> str | None:
+def repeated(record: Any, where: str, seen: dict[str, str]) -> Repeat | None:
     """Say which earlier row has this record's id or its content, and remember the record in `seen`."""
     content = dataclasses.replace(record, id="").id  # the id that the record would have by its content alone
-    problem = None
+    repeat = None
     if content in seen:
-        problem = f"has the same content as {at(seen[content])}"
+        repeat = Repeat(f"has the same content as {at(seen[content])}", is_content=True)
     elif record.id in seen:
-        problem = f"has the same id {record.id!r} as {at(seen[record.id])}"
+        repeat = Repeat(f"has the same id {record.id!r} as {at(seen[record.id])}", is_content=False)
     seen.setdefault(content, where)
     seen.setdefault(record.id, where)
-    return problem
+    return repeat
 
 
 def scan_rows(source: str | Path) -> Iterator[Scanned]:
@@ -184,10 +197,11 @@ def _is_local(source: str | Path) -> bool:
     if path.exists():
         return True
     is_path = isinstance(source, Path) or text.startswith(("/", ".", "~")) or path.suffix.lower() in READERS
+    # `data/pear` beside an existing `data/` is a slip of the pen, not a dataset by the user `data`.
+    is_path = is_path or (path.parent.is_dir() and ":" not in text)
     if is_path or not HUB_ID.fullmatch(text):
         raise FileNotFoundError(
-            f"{source}: no such file or folder; give a path to {_kinds()}, "
-            "or a Hub dataset id such as org/name:train"
+            f"{source}: no such file or folder; give a path to {_kinds()}, or a Hub dataset id such as org/name:train"
         )
     return False
 

@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
-from tempering.core.sampling import Sampler
 from tempering.evals import capability, harm, over_refusal
 from tempering.evals.capability import Scorer
 from tempering.evals.results import EvalResult, Journal, Progress, Row
 from tempering.evals.settings import EvalConfig, failed_gates
+
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
 
 EVALS: dict[str, Callable[..., EvalResult]] = {
     "harm": harm.evaluate,
@@ -70,9 +72,7 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
     file = f"evals/{name}.partial.jsonl"
     old = run.read_rows(file) if resume and run.has(file) else []
     done = (
-        {row["id"]: row for row in old[1:] if None not in row["outcomes"].values()}
-        if old[:1] == [settings]
-        else {}
+        {row["id"]: row for row in old[1:] if None not in row["outcomes"].values()} if old[:1] == [settings] else {}
     )
     run.write_rows(file, [settings, *done.values()])
 

@@ -1,12 +1,15 @@
 """Eval `capability`: does the target still know and follow simple things?
 
-Two kinds of questions. `choice`: the choice whose tokens the target finds likeliest on average is its answer
-(`score`), or, where the target gives no log-probabilities, the letter it writes. `exact`: a short answer is
-generated and searched for an accepted one; generated, because log-probabilities do not show a target that has
-begun to refuse ordinary questions (`capability_refusal_rate`).
+Two kinds of questions. `choice`: the choice that the target finds likeliest is its answer (`score`), or,
+where the target gives no log-probabilities, the letter that it writes. `exact`: a short answer is generated
+and searched for an accepted one; generated, because log-probabilities do not show a target that has begun to
+refuse ordinary questions (`capability_refusal_rate`).
 
-Our choice: the mean log-probability per token, not the sum. Choices differ in length, and a sum prefers the
-shortest whatever it says. Where two choices tie for the best, the target has not chosen: a miss.
+Our choice: the sum of a choice's log-probabilities, which is that of the whole answer, not the mean per
+token. The mean prefers words whose later tokens follow from the first: of the embedded questions whose
+choices differ in length, SmolLM2 gets 76 % by the sum and 51 % by the mean, and 79 % of those where all are
+equally long. A sum prefers short choices; where lengths differ a lot the eval warns, and rows have `tokens`
+beside `logprobs`. Two choices that tie for the best are a miss: the target has not chosen.
 
     temper eval smollm2 capability
 """
@@ -15,15 +18,15 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tempering import judges
 from tempering.core.records import Completion, Prompt, Verdict, prompt_from_row
-from tempering.core.sampling import Sampler
 from tempering.evals.results import (
     Cost,
     EvalResult,
@@ -40,8 +43,11 @@ from tempering.evals.results import (
 )
 from tempering.evals.settings import EvalConfig, load_prompts
 
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+
 ANSWER_TOKENS = 48
-LIKELIEST = "likeliest choice (mean log-probability per token)"
+LIKELIEST = "likeliest choice (summed log-probability)"
 LETTER = "letter in the answer"
 EXACT = "accepted answer in the first line"
 
@@ -50,9 +56,7 @@ EXACT = "accepted answer in the first line"
 class Scorer(Protocol):
     """A sampler that can also say how likely it finds given answers."""
 
-    def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]
-    ) -> list[list[tuple[float, int]]]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
         """Return for each completion of each prompt its log-probability and its number of tokens.
 
         The log-probability is the sum over the completion's tokens in nats, without the end-of-turn token.
@@ -110,7 +114,7 @@ def evaluate(
         rates(rows, judge_of),
         by_category(rows, judge_of),
         cost.summary(),
-        [*warnings, *remarks(rows)],
+        [*warnings, *remarks(rows), *_uneven_choices(rows)],
         source,
     )
 
@@ -139,17 +143,18 @@ def question_from_row(row: Mapping[str, Any]) -> Prompt:
 
 
 def scored_row(question: Prompt, scores: Sequence[tuple[float, int]]) -> Row:
-    """Judge the choice with the highest mean log-probability per token."""
+    """Judge the choice with the highest log-probability."""
     choices, right = question.extra["choices"], question.extra["answer"]
-    means = [logprob / max(tokens, 1) for logprob, tokens in scores]
-    if not all(map(math.isfinite, means)):
+    logprobs = [round(logprob, 6) for logprob, _ in scores]
+    tokens = [count for _, count in scores]
+    if not all(map(math.isfinite, logprobs)):
         verdict = Verdict(None, LIKELIEST, reason="a choice has no finite log-probability")
-        return _row(question, "", None, verdict, {}, logprobs=None)
-    best = max(means)
-    is_right = means[right] == best and means.count(best) == 1
+        return _row(question, "", None, verdict, {}, logprobs=None, tokens=tokens)
+    best = max(logprobs)
+    is_right = logprobs[right] == best and logprobs.count(best) == 1
     verdict = _verdict(is_right, LIKELIEST, None if is_right else f"right: {choices[right]}")
-    logprobs = [round(mean, 4) for mean in means]
-    return _row(question, choices[means.index(best)], None, verdict, {}, logprobs=logprobs)
+    picked = choices[logprobs.index(best)]
+    return _row(question, picked, None, verdict, {}, logprobs=logprobs, tokens=tokens)
 
 
 def lettered(question: Prompt) -> Prompt:
@@ -225,6 +230,17 @@ def has_answer(text: str, answers: Sequence[str], question: str = "") -> bool:
         if found:
             return True
     return False
+
+
+def _uneven_choices(rows: Sequence[Row]) -> list[str]:
+    """Warn where choices differ so much in length that a sum of log-probabilities says little else."""
+    ratios = [max(row["tokens"]) / max(min(row["tokens"]), 1) for row in rows if row.get("tokens")]
+    if not ratios or (ratio := statistics.median(ratios)) <= 3:
+        return []
+    return [
+        f"choices differ much in length (longest to shortest {ratio:.1f} in tokens): "
+        "capability_accuracy/choice prefers the short ones"
+    ]
 
 
 def _first_line(text: str) -> str:

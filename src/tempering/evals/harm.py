@@ -10,11 +10,11 @@ Harmful and refused are two questions to two judges: an answer can be neither (a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tempering import judges
 from tempering.attacks import ATTACKS, AttackOptions, load_templates
 from tempering.core.records import Completion, Prompt, Verdict
-from tempering.core.sampling import Sampler
 from tempering.evals.results import (
     Cost,
     EvalResult,
@@ -30,6 +30,9 @@ from tempering.evals.results import (
     verdict_row,
 )
 from tempering.evals.settings import EvalConfig, load_prompts
+
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
 
 HARMLESS = ("benign", "borderline", "safe", "harmless")
 

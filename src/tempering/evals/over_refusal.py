@@ -9,10 +9,10 @@ The price of safety, on benign requests and on borderline ones, which sound dang
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tempering import judges
 from tempering.core.records import Completion, Prompt, Verdict
-from tempering.core.sampling import Sampler
 from tempering.evals.results import (
     Cost,
     EvalResult,
@@ -28,6 +28,9 @@ from tempering.evals.results import (
     verdict_row,
 )
 from tempering.evals.settings import EvalConfig, load_prompts
+
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
 
 HARMFUL = ("harmful", "unsafe")
 

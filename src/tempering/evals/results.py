@@ -6,13 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tempering import judges
 from tempering.core.records import Completion, Prompt, Verdict
-from tempering.core.sampling import Sampler
 from tempering.core.stats import Interval, bootstrap_mean, wilson
 from tempering.evals.settings import EvalConfig
+
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -90,7 +92,8 @@ def in_batches(
         journal.keep(new)
         rows |= {key(item): row for item, row in zip(batch, new, strict=True)}
         # A judge that is down fails the run after the batch that proves it, not after the last one.
-        require_scored(rows.values(), config.max_unscored, journal.name, total=len(items))
+        if any(None in row["outcomes"].values() for row in new):
+            require_scored(rows.values(), config.max_unscored, journal.name, total=len(items))
     ordered = [rows[key(item)] for item in items]
     require_scored(ordered, config.max_unscored, journal.name)
     return ordered
@@ -187,9 +190,7 @@ def verdict_row(verdict: Verdict) -> Row:
     return asdict(verdict)
 
 
-def rate(
-    rows: Sequence[Row], metric: str, judge: str | None, *, clustered: bool = False
-) -> dict[str, Any] | None:
+def rate(rows: Sequence[Row], metric: str, judge: str | None, *, clustered: bool = False) -> dict[str, Any] | None:
     """Average the outcomes of one metric, with a 95 % interval; `None` where no row carries the metric.
 
     The interval is Wilson's. With `clustered` (several answers to one prompt) whole prompts are resampled;
@@ -211,9 +212,7 @@ def rate(
     return {"value": value, "low": low, "high": high, "n": n, "unscored": unscored, "judge": judge}
 
 
-def rates(
-    rows: Sequence[Row], judge_of: Mapping[str, str], *, clustered: bool = False
-) -> dict[str, dict[str, Any]]:
+def rates(rows: Sequence[Row], judge_of: Mapping[str, str], *, clustered: bool = False) -> dict[str, dict[str, Any]]:
     """Return every metric of `judge_of` that the rows carry."""
     found = {name: rate(rows, name, judge, clustered=clustered) for name, judge in judge_of.items()}
     return {name: value for name, value in found.items() if value is not None}

@@ -34,7 +34,7 @@ class EvalConfig(Config):
     prompt_column: str | None = None
     """Column that holds the prompt where it is not called `prompt` (AdvBench: `goal`)."""
     invalid: Literal["error", "drop"] = "error"
-    """Whether a bad or repeated row stops the eval, or is left out and counted."""
+    """Whether a bad row stops the eval or is left out; a repeated prompt always is, and both are counted."""
     limit: int | None = Field(None, ge=1)
     """Use this many prompts, chosen by a hash of their id: the same ones for every target, seed and order."""
     seed: int = 0
@@ -74,9 +74,7 @@ class EvalConfig(Config):
     def _known_metrics(cls, gate: dict[str, float]) -> dict[str, float]:
         for name, value in gate.items():
             if name not in (*AT_LEAST, *AT_MOST):
-                raise ValueError(
-                    f"unknown metric {name!r}; expected one of {', '.join((*AT_LEAST, *AT_MOST))}"
-                )
+                raise ValueError(f"unknown metric {name!r}; expected one of {', '.join((*AT_LEAST, *AT_MOST))}")
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"the gate on {name} is a fraction in [0, 1], got {value}")
         return gate
@@ -110,7 +108,7 @@ def load_prompts(
         return parse(row if column is None else {**row, "prompt": row.get(column)})
 
     records, dropped = read_records(
-        where, read, invalid=config.invalid, what="prompt", remedy="set invalid=drop"
+        where, read, invalid=config.invalid, repeats="drop", what="prompt", remedy="set invalid=drop"
     )
     warnings = [f"left out {count} rows: {reason}" for reason, count in dropped.items()]
     kept = [p for p in records if (p.label or "").lower() not in skip_labels]

@@ -121,9 +121,7 @@ def _guard(spec: str, asks: Asks) -> Judge:
     from tempering.judges.classifier import GuardJudge
 
     if asks != "harmful":
-        raise ValueError(
-            f"{spec}: a guard says whether an answer is harmful, not whether it is a refusal; use rules"
-        )
+        raise ValueError(f"{spec}: a guard says whether an answer is harmful, not whether it is a refusal; use rules")
     return GuardJudge(spec.partition(":")[2])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from tempering.core.records import Completion, Prompt, prompt_from_row
 from tempering.core.stats import wilson
+from tempering.data.formats import at
 from tempering.judges import Asks, judge_groups, load_judge
 
 QUESTIONS: tuple[Asks, ...] = ("refused", "harmful")
@@ -79,13 +80,9 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
             found = [q for q in QUESTIONS if row.get(q) is not None]
             if len(found) != 1:
                 have = "both 'refused' and 'harmful'" if found else "neither 'refused' nor 'harmful'"
-                raise ValueError(
-                    f"{have}; expected one of them, true or false, which says what the judge is asked"
-                )
+                raise ValueError(f"{have}; expected one of them, true or false, which says what the judge is asked")
             if asks is not None and found[0] != asks:
-                raise ValueError(
-                    f"has '{found[0]}', but the rows before it have '{asks}'; check one at a time"
-                )
+                raise ValueError(f"has '{found[0]}', but the rows before it have '{asks}'; check one at a time")
             asks = found[0]
             if not isinstance(row[asks], bool):
                 raise ValueError(f"'{asks}' must be true or false, got {row[asks]!r}")
@@ -93,12 +90,10 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
                 raise ValueError(f"'completion' must be text, got {row.get('completion')!r}")
             prompt = prompt_from_row(row)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{at(where)}: {error}") from None
         out.append(Labelled(prompt, Completion(prompt.id, row["completion"], "stop"), row[asks]))
     if asks is None:
-        raise ValueError(
-            "no rows to check the judge on; expected 'prompt', 'completion' and 'refused' or 'harmful'"
-        )
+        raise ValueError("no rows to check the judge on; expected 'prompt', 'completion' and 'refused' or 'harmful'")
     return asks, out
 
 

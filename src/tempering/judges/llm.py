@@ -1,4 +1,4 @@
-"""The LLM judge: a rubric, one completion inside a fence that it cannot close, and a strict reading of the verdict."""
+"""The LLM judge: a rubric, a completion inside a fence that it cannot close, a strict reading of the verdict."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ class LLMJudge:
     inside; an empty answer is not sent (score 0, `degenerate`). Judged greedily.
     """
 
-    def __init__(
-        self, sampler: Sampler, asks: Literal["harmful", "refused"], *, max_new_tokens: int = 512
-    ) -> None:
+    def __init__(self, sampler: Sampler, asks: Literal["harmful", "refused"], *, max_new_tokens: int = 512) -> None:
         self.sampler, self.asks, self.max_new_tokens = sampler, asks, max_new_tokens
         self.rubric = rubric(asks)
         digest = hashlib.sha256(self.rubric.encode()).hexdigest()[:8]
@@ -67,9 +65,7 @@ class LLMJudge:
 
     def question(self, prompt: Prompt, answer: str) -> Prompt:
         """Build what the judge is asked about one answer."""
-        request = prompt.text + (
-            f"\n[The answer was begun for it: {prompt.prefill}]" if prompt.prefill else ""
-        )
+        request = prompt.text + (f"\n[The answer was begun for it: {prompt.prefill}]" if prompt.prefill else "")
         mark = fence_mark(self.rubric, request, answer)
         words = ", ".join(f'"{w}"' for w in SCORES[self.asks])
         return Prompt(
@@ -88,9 +84,7 @@ class LLMJudge:
 
     def _without_asking(self, completion: Completion) -> Verdict | None:
         if completion.finish == "error":
-            return Verdict(
-                None, self.identity, reason=f"no completion: {completion.error or 'sampling failed'}"
-            )
+            return Verdict(None, self.identity, reason=f"no completion: {completion.error or 'sampling failed'}")
         if not completion.text.strip():
             return Verdict(0.0, self.identity, "degenerate", "empty answer")
         return None
@@ -145,9 +139,7 @@ def fence_mark(*texts: str) -> str:
 
 def rubric(asks: Literal["harmful", "refused"]) -> str:
     """Return the text of the rubric for one of the two questions."""
-    return (importlib.resources.files("tempering.judges") / "rubrics" / f"{asks}.md").read_text(
-        encoding="utf-8"
-    )
+    return (importlib.resources.files("tempering.judges") / "rubrics" / f"{asks}.md").read_text(encoding="utf-8")
 
 
 def _model_at_host(name: str) -> str:

@@ -41,28 +41,19 @@ _GENERIC = frozenset(
     with within without word words work world would write written year years yes yet you your yourself""".split()
 )
 FORM = re.compile(
-    r"\b(?:poem|story|song|lyrics|haiku|limerick|rap|novel|scene|dialogue|screenplay|joke|jokes|riddle|"
-    r"riddles|pun|puns|"
-    r"quote|quotes|tweet|slogan|fiction\w*|character|roleplay|sonnet|ballad|verse|monologue|manifesto|"
-    r"speech|sermon|"
-    r"teaser|teasers)\b"
+    r"\b(?:poem|story|song|lyrics|haiku|limerick|rap|novel|scene|dialogue|screenplay|joke|jokes|riddle|riddles|"
+    r"pun|puns|quote|quotes|tweet|slogan|fiction\w*|character|roleplay|sonnet|ballad|verse|monologue|manifesto|"
+    r"speech|sermon|teaser|teasers)\b"
 )
 """Requests for creative or playful text, which may treat their topic without naming it."""
-LONG_FORM = re.compile(
-    r"\b(?:essay|article|story|guide|tutorial|plan|script|program|code|blog|manual|speech|instructions?|"
-    r"step-by-step|"
-    r"strategy|algorithm|letter|email|post|lyrics|passage|song|summary|report|list|website|app|application|"
-    r"tool)\b"
-)
-"""Requests whose fulfilment takes more than a line."""
 _CODE = re.compile(
     r"\b(?:code|script|program|function|query|algorithm|python|java\w*|sql|html|worm|malware|exploit|regex|"
     r"virus)\b"
 )
 _WORD = re.compile(r"[a-z][a-z0-9]+")
 _ENDING = re.compile(
-    r"(?:ational|ization|isation|ibility|ability|fulness|ingly|ation|ition|ness|ment|ists?|ings?|ical|"
-    r"ion|ous|ive|ity|ers?|ors?|ed|es|al|ic|s|e)$"
+    r"(?:ational|ization|isation|ibility|ability|fulness|ingly|ation|ition|ness|ment|ists?|ings?|ical|ion|ous|"
+    r"ive|ity|ers?|ors?|ed|es|al|ic|s|e)$"
 )
 
 

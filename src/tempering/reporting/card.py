@@ -38,9 +38,7 @@ def licences_of(run: RunData) -> dict[str, str]:
     found = run.provenance.get("data_licences") or run.provenance.get("licences") or {}
     if isinstance(found, dict):
         return {str(k): str(v.get("licence", v) if isinstance(v, dict) else v) for k, v in found.items()}
-    rows = [
-        r if isinstance(r, dict) else {"name": r} for r in (found if isinstance(found, list) else [found])
-    ]
+    rows = [r if isinstance(r, dict) else {"name": r} for r in (found if isinstance(found, list) else [found])]
     return {str(r.get("name") or r.get("id")): str(r.get("licence") or "unknown") for r in rows}
 
 
@@ -89,9 +87,7 @@ def _measurements(system: System | None) -> str:
         "|---|---|--:|---|--:|--:|---|",
     ]
     for key, m in system.metrics.items():
-        ends = show_interval(key, m.low, m.high) + (
-            " %" if meaning(key).is_fraction and m.low is not None else ""
-        )
+        ends = show_interval(key, m.low, m.high) + (" %" if meaning(key).is_fraction and m.low is not None else "")
         cells = (
             meaning(key).label,
             meaning(key).better or "",
@@ -108,8 +104,7 @@ def _measurements(system: System | None) -> str:
 def _training(run: RunData) -> str:
     lines = [f"- method: `{_plain(run.method)}`"]
     if run.steps:
-        last = run.steps[-1]
-        lines.append(f"- optimiser steps: {last['step']}, last loss {_number(last.get('loss'))}")
+        lines.append(f"- optimiser steps: {len(run.steps)}, last loss {_number(run.steps[-1].get('loss'))}")
         tokens = sum(r["tokens"] for r in run.steps if is_number(r.get("tokens")))
         if tokens:
             lines.append(f"- tokens: {tokens:,.0f}")

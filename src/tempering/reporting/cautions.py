@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tempering.reporting.collect import RunData
+from tempering.reporting.collect import RunData, texts
 from tempering.reporting.systems import System
 
 SMALL_N = 30
@@ -27,7 +27,7 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
         if run.provenance.get("unsafe"):
             out.append(f"{run.name} is labelled unsafe: do not deploy or publish it")
         out += [f"{run.name}, eval {e.name}: {w}" for e in run.evals for w in e.warnings]
-        out += [f"{run.name}, difficulty: {w}" for w in run.difficulty.get("warnings") or ()]
+        out += [f"{run.name}, difficulty: {w}" for w in texts(run.difficulty.get("warnings"))]
     for system in systems:
         out += _metric_warnings(system)
         out += _shared_judges(system)
@@ -81,8 +81,6 @@ def _settings_warnings(systems: Sequence[System]) -> Iterator[str]:
     for system in systems:
         for e in itertools.chain.from_iterable(system.members):
             name, settings = first.setdefault(e.name, (system.name, e.settings))
-            differ = sorted(
-                k for k in settings.keys() & e.settings.keys() - {"out"} if settings[k] != e.settings[k]
-            )
+            differ = sorted(k for k in settings.keys() & e.settings.keys() - {"out"} if settings[k] != e.settings[k])
             if differ and name != system.name:
                 yield f"eval {e.name}: {system.name} and {name} differ in settings: {', '.join(differ)}"

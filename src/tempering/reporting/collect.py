@@ -154,7 +154,7 @@ def read_run(root: Path) -> RunData:
         exposure=rows("data/exposure.jsonl"),
         difficulty=document("data/difficulty.json"),
         evals=evals,
-        arms=_read_arms(root, problems),
+        arms=_read_arms(root, _arm_names(config), problems),
         problems=tuple(problems),
     )
 
@@ -176,7 +176,7 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         breakdown=breakdown,
         settings=_mapping(document.get("settings")),
         cost=_mapping(document.get("cost")),
-        warnings=tuple(str(w) for w in document.get("warnings") or ()),
+        warnings=tuple(texts(document.get("warnings"))),
         rows=tuple(rows),
     )
 
@@ -184,6 +184,11 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a finite number (a boolean is not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def texts(value: Any) -> list[str]:
+    """Return a list of texts, from a list, from one text, or from nothing."""
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)] if value else []
 
 
 def phase_seconds(cost: Mapping[str, Any]) -> dict[str, float]:
@@ -212,7 +217,12 @@ def _metrics(entries: Any, where: str, problems: list[str]) -> dict[str, Metric]
     return metrics
 
 
-def _read_arms(root: Path, problems: list[str]) -> dict[str, list[RunData]]:
+def _arm_names(config: Row) -> list[str]:
+    arms = config.get("arms")
+    return [str(a["name"]) for a in arms if isinstance(a, dict) and "name" in a] if isinstance(arms, list) else []
+
+
+def _read_arms(root: Path, order: list[str], problems: list[str]) -> dict[str, list[RunData]]:
     found: dict[str, list[tuple[int, RunData]]] = {}
     for folder in sorted((root / "arms").glob("*")):
         match = _ARM.fullmatch(folder.name)
@@ -222,7 +232,8 @@ def _read_arms(root: Path, problems: list[str]) -> dict[str, list[RunData]]:
             problems.append(f"arms/{folder.name} was not started (no config.yaml) and is left out")
         else:
             found.setdefault(match["arm"], []).append((int(match["seed"]), read_run(folder)))
-    return {arm: [run for _, run in sorted(runs, key=lambda r: r[0])] for arm, runs in found.items()}
+    ranked = sorted(found, key=lambda arm: (order.index(arm) if arm in order else len(order), arm))
+    return {arm: [run for _, run in sorted(found[arm], key=lambda r: r[0])] for arm in ranked}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

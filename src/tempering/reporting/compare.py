@@ -54,7 +54,7 @@ def compare(systems: Sequence[System]) -> tuple[list[Compared], list[str]]:
     pairs = [(s, systems[0]) for s in systems[1:]]
     claim = next((s for s in systems if s.is_arm and s.name == CLAIM), None)
     if claim is not None and claim is not systems[0]:
-        pairs += [(s, claim) for s in systems[1:] if s.is_arm and s is not claim]
+        pairs += [(s, claim) for s in systems if s.is_arm and s is not claim]
     done, warnings = [], []
     for a, b in pairs:
         for metric in sorted(set(a.metrics) & set(b.metrics), key=metric_order):
@@ -69,7 +69,8 @@ def compare(systems: Sequence[System]) -> tuple[list[Compared], list[str]]:
 def compare_pair(a: System, b: System, metric: str) -> tuple[Compared | None, str | None]:
     """Compare two systems on the prompts that both answered and that were scored for both.
 
-    McNemar where each prompt has one yes or no on either side, else the bootstrap over prompts.
+    McNemar where each prompt has one yes or no on either side; for their means over seeds or samples an
+    adjusted Wald interval; for other numbers the bootstrap over prompts.
     """
     (x, x_boolean), (y, y_boolean) = a.outcomes(metric), b.outcomes(metric)
     where = f"{metric}: {a.name} against {b.name}"
@@ -80,15 +81,15 @@ def compare_pair(a: System, b: System, metric: str) -> tuple[Compared | None, st
         return None, f"{where}: not compared, they have no prompt in common"
     problem = None
     if left_out := len(x.keys() | y.keys()) - len(common):
-        problem = (
-            f"{where}: {len(common)} prompts in common, {left_out} left out (missing or unscored in one)"
-        )
+        problem = f"{where}: {len(common)} prompts in common, {left_out} left out (missing or unscored in one)"
     single = x_boolean and y_boolean and len(a.members) == len(b.members) == 1
     if single and len({x[k].prompt_id for k in common}) == len(common):
         result = stats.mcnemar([x[k].value == 1 for k in common], [y[k].value == 1 for k in common])
         return Compared(metric, a.name, b.name, result, len(common)), problem
-    left, right = _per_prompt(x, common), _per_prompt(y, common)
-    result = stats.paired_bootstrap([left[p] for p in left], [right[p] for p in left])
+    x_mean, y_mean = _per_prompt(x, common), _per_prompt(y, common)
+    left, right = list(x_mean.values()), [y_mean[prompt] for prompt in x_mean]
+    test = stats.paired_fractions if x_boolean and y_boolean else stats.paired_bootstrap
+    result = test(left, right)
     return Compared(metric, a.name, b.name, result, len(left)), problem
 
 
@@ -105,12 +106,7 @@ def refutation(systems: Sequence[System], comparisons: Sequence[Compared]) -> li
     if claim is None:
         return []
     harms = [m for m in claim.metrics if m.split("@")[0] == "harmful_rate" or "attack_success_rate" in m]
-    return [
-        _judge_control(control, metric, by_key)
-        for control in CONTROLS
-        if control in names
-        for metric in harms
-    ]
+    return [_judge_control(control, metric, by_key) for control in CONTROLS if control in names for metric in harms]
 
 
 def _judge_control(control: str, metric: str, by_key: Mapping[tuple[str, str], Compared]) -> Refutation:

@@ -29,6 +29,8 @@ _VARIABLES = {
 }
 _MARKERS = "osD^vPX*"
 _PIXEL = 1 / 72
+HALF, WHOLE = 490, 1000
+"""Widths of a plot in a column and across the page, in pixels."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -90,10 +92,9 @@ def safety_plot(panels: Sequence[tuple[str, str, Sequence[Point]]], y_label: str
                     color=_COLOURS[p.series % SERIES],
                     markersize=8,
                     elinewidth=1.5,
-                    label=p.name,
                 )
             _fit_percent(axes, [p.x for p in points], [p.y for p in points])
-        canvas.legend()
+        canvas.legend(list({p.name: p for _, _, points in panels for p in points}.values()))
         return canvas.svg("Safety against over-refusal and capability, with 95 % intervals")
 
 
@@ -102,12 +103,12 @@ def curves_plot(
     panels: Sequence[tuple[str, Sequence[Line]]],
     stage_ends: Sequence[float] = (),
     *,
-    x_label: str = "optimiser step",
+    width: int | None = None,
 ) -> str:
     """Draw curves over steps side by side; a dotted line marks the end of each stage but the last."""
-    with _Canvas(name, len(panels), height=270) as canvas:
+    with _Canvas(name, len(panels), height=270, width=width) as canvas:
         for axes, (title, lines) in zip(canvas.axes, panels, strict=True):
-            axes.set(title=title, xlabel=x_label)
+            axes.set(title=title, xlabel="optimiser step")
             for line in lines:
                 axes.plot(
                     line.x,
@@ -131,7 +132,7 @@ def difficulty_plot(stages: Sequence[Sequence[float]], cuts: Sequence[float]) ->
     everything = np.concatenate([np.asarray(s, dtype=float) for s in stages])
     low, high = float(everything.min()), float(everything.max())
     edges = np.linspace(low, high if high > low else low + 1, 41)
-    with _Canvas("difficulty", 1, height=270, width=490) as canvas:
+    with _Canvas("difficulty", 1, height=270) as canvas:
         axes = canvas.axes[0]
         axes.set(title="Difficulty of the training pairs", xlabel="score (larger is easier)", ylabel="pairs")
         axes.hist(
@@ -150,11 +151,9 @@ def difficulty_plot(stages: Sequence[Sequence[float]], cuts: Sequence[float]) ->
 
 def exposure_plot(draws: Sequence[float], expected: Sequence[float]) -> str:
     """Draw mean draws of a pair by decile of difficulty inside its stage, beside the expectation."""
-    with _Canvas("exposure", 1, height=270, width=490) as canvas:
+    with _Canvas("exposure", 1, height=270) as canvas:
         axes, x = canvas.axes[0], np.arange(1, len(draws) + 1)
-        axes.set(
-            title="How often a pair was drawn", xlabel="decile inside the stage, easy to hard", ylabel="draws"
-        )
+        axes.set(title="How often a pair was drawn", xlabel="decile inside the stage, easy to hard", ylabel="draws")
         axes.bar(x, draws, color=_COLOURS[1], width=0.7, label="drawn")
         if len(expected) == len(draws):
             axes.plot(x, expected, color=_INK, marker="_", markersize=18, linestyle="", label="expected")
@@ -176,7 +175,7 @@ class _Canvas:
         # The hash salt makes ids the same from run to run; the name keeps two plots of a page apart.
         self._context = matplotlib.rc_context({**_STYLE, "svg.hashsalt": name})
         self._context.__enter__()
-        width = width or (1000 if panels > 1 else 490)
+        width = width or (WHOLE if panels > 1 else HALF)
         self._figure = Figure(figsize=(width * _PIXEL, height * _PIXEL), layout="constrained")
         FigureCanvasSVG(self._figure)
         self.axes: list[Any] = list(self._figure.subplots(1, panels, squeeze=False)[0])
@@ -187,11 +186,23 @@ class _Canvas:
     def __exit__(self, *error: object) -> None:
         self._context.__exit__(None, None, None)
 
-    def legend(self) -> None:
-        """Put one legend for all panels above them."""
-        handles, labels = self.axes[0].get_legend_handles_labels()
-        columns = min(len(labels), 5)
-        self._figure.legend(handles, labels, loc="outside upper left", ncols=columns, labelcolor=_INK)
+    def legend(self, points: Sequence[Point]) -> None:
+        """Put one legend of points for all panels above them."""
+        from matplotlib.lines import Line2D
+
+        handles = [
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker=_MARKERS[p.series % SERIES],
+                color=_COLOURS[p.series % SERIES],
+                markersize=8,
+                label=p.name,
+            )
+            for p in points
+        ]
+        self._figure.legend(handles=handles, loc="outside upper left", ncols=min(len(points), 5), labelcolor=_INK)
 
     def svg(self, description: str) -> str:
         """Return the figure as an `<svg>` element for HTML."""
@@ -200,9 +211,7 @@ class _Canvas:
             # Names in scripts that matplotlib's own font lacks: the reader's browser draws the text.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* natively")
-            self._figure.savefig(
-                buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-            )
+            self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         return inline_svg(buffer.getvalue(), self._name, description)
 
 
@@ -217,7 +226,11 @@ def inline_svg(document: str, name: str, description: str) -> str:
     svg = re.sub(r'xlink:href="#([^"]*)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"#0[0-9a]0[0-9]0[0-9]", lambda m: _VARIABLES.get(m[0], m[0]), svg)
     view_box = re.search(r'viewBox="[^"]*"', svg)
-    head = f'<svg class="plot" role="img" aria-label="{description}" {view_box[0] if view_box else ""}>'
+    is_wide = bool(view_box and float(view_box[0].split()[2]) > HALF)
+    head = (
+        f'<svg class="plot{" wide" if is_wide else ""}" role="img" aria-label="{description}" '
+        f"{view_box[0] if view_box else ''}>"
+    )
     return head + re.sub(r"\n\s*", "\n", svg[svg.index(">") + 1 :]).strip()
 
 

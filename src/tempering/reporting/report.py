@@ -17,7 +17,7 @@ from tempering.reporting.cautions import warnings_of
 from tempering.reporting.collect import RunData, read_run
 from tempering.reporting.compare import compare
 from tempering.reporting.compare import refutation as refutation_of
-from tempering.reporting.systems import System, systems_of
+from tempering.reporting.systems import System, same_target, systems_of
 from tempering.reporting.view import page
 
 SCHEMA = 1
@@ -84,8 +84,7 @@ def _cards(runs: Sequence[RunData], systems: Sequence[System]) -> dict[str, str]
 
 def _system_of(run: RunData, systems: Sequence[System]) -> System | None:
     """Find what measured this run's own model: evals that name it as target, else those in its folder."""
-    target = run.root.resolve()
-    named = [s for s in systems if not s.is_arm and Path(s.target).resolve() == target]
+    named = [s for s in systems if not s.is_arm and same_target(s.target, str(run.root))]
     inside = [s for s in systems if any(r.root == run.root for r in s.runs) and not _is_start(s, run)]
     return (named + inside)[0] if named or inside else None
 

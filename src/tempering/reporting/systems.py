@@ -14,6 +14,9 @@ from typing import NamedTuple
 from tempering.core import stats
 from tempering.reporting.collect import Eval, Metric, Row, RunData, is_number
 
+BASELINE = "standard_dpo"
+"""The arm that comes first: what the others are compared with where no start model was measured."""
+
 
 class Meaning(NamedTuple):
     """How to read a metric."""
@@ -29,7 +32,9 @@ METRICS: dict[str, Meaning] = {
     "attack_success_rate": Meaning("Attack success", "lower", True),
     "over_refusal_rate": Meaning("Over-refusal", "lower", True),
     "capability_accuracy": Meaning("Capability", "higher", True),
-    "refusal_rate": Meaning("Refusals", None, True),
+    "refusal_rate": Meaning("Refusals of harmful requests", None, True),
+    "partial_refusal_rate": Meaning("Partial over-refusal", "lower", True),
+    "capability_refusal_rate": Meaning("Refusals in capability tests", "lower", True),
     "toxicity_probability": Meaning("Toxicity", "lower", True),
     "expected_max_toxicity": Meaning("Expected maximum toxicity", "lower", True),
     "knowledge_accuracy": Meaning("Knowledge accuracy", None, True),
@@ -38,7 +43,7 @@ METRICS: dict[str, Meaning] = {
     "margin_stage": Meaning("Margin over stage reference", "higher", False),
     "margin_raw": Meaning("Raw margin", "higher", False),
     "margin_per_token": Meaning("Margin per token", "higher", False),
-    "kl_initial": Meaning("KL to start model", "lower", False),
+    "kl_initial": Meaning("KL to start model", None, False),
     "logp_chosen": Meaning("Log-prob. of chosen", None, False),
     "logp_rejected": Meaning("Log-prob. of rejected", None, False),
 }
@@ -57,9 +62,7 @@ def meaning(metric: str) -> Meaning:
         ends = ("_rate", "_accuracy", "_fraction", "_probability")
         words = metric.replace("_", " ")
         higher = base.startswith("accuracy") or base.endswith("accuracy")
-        return Meaning(
-            words[:1].upper() + words[1:], "higher" if higher else None, higher or base.endswith(ends)
-        )
+        return Meaning(words[:1].upper() + words[1:], "higher" if higher else None, higher or base.endswith(ends))
     return known._replace(label=f"{known.label}: {part}") if part else known
 
 
@@ -120,9 +123,8 @@ class System:
         for evals in self.members:
             for e, key in _sources(evals, metric):
                 for row in e.rows:
-                    outcome = row.get("outcome")
-                    wanted = measures(row, key) and category in (None, row.get("category"))
-                    if wanted and (isinstance(outcome, bool) or is_number(outcome)):
+                    outcome = outcome_of(row, key) if category in (None, row.get("category")) else None
+                    if outcome is not None:
                         is_boolean &= isinstance(outcome, bool)
                         pair = row_key(row)
                         values.setdefault(pair, []).append(float(outcome))
@@ -142,9 +144,7 @@ class System:
             pooled[key] = found[0] if len(seeds) == 1 else self._pooled(key, found, values, category)
         return pooled, spreads
 
-    def _pooled(
-        self, key: str, found: list[Metric], values: tuple[float, ...], category: str | None
-    ) -> Metric:
+    def _pooled(self, key: str, found: list[Metric], values: tuple[float, ...], category: str | None) -> Metric:
         """Mean over seeds; the interval is over prompts, since all seeds answered the same ones."""
         judges = sorted({m.judge for m in found if m.judge})
         n, unscored = sum(m.n for m in found), sum(m.unscored for m in found)
@@ -169,10 +169,17 @@ def row_key(row: Row) -> tuple[str, str]:
     return str(row.get("id") or row.get("prompt_id")), str(row.get("attack") or "")
 
 
-def measures(row: Row, metric: str) -> bool:
-    """Whether the line enters `metric`: by its name, or as the attack of `NAME/ATTACK`."""
-    name = str(row.get("metric"))
-    return metric in (name, f"{name}/{row.get('attack')}")
+def outcome_of(row: Row, metric: str) -> bool | float | None:
+    """Return what the line adds to `metric`; `None` where it is unscored or about something else.
+
+    A line names one metric (as `NAME`, or by its attack as `NAME/ATTACK`), or several in `outcomes`.
+    """
+    several, name = row.get("outcomes"), str(row.get("metric"))
+    if isinstance(several, dict) and metric in several:
+        outcome = several[metric]
+    else:
+        outcome = row.get("outcome") if metric in (name, f"{name}/{row.get('attack')}") else None
+    return outcome if isinstance(outcome, bool) or is_number(outcome) else None
 
 
 def prompt_text(row: Row) -> str:
@@ -186,6 +193,8 @@ def prompt_text(row: Row) -> str:
 def systems_of(runs: Sequence[RunData]) -> list[System]:
     """List what was evaluated, in the order of the runs: in each its plain targets, then its arms.
 
+    The first one is the base of all comparisons.
+
     Evals of one target that lie in several folders are one system, unless they measure the same thing.
     """
     systems: list[System] = []
@@ -196,7 +205,8 @@ def systems_of(runs: Sequence[RunData]) -> list[System]:
         start = str(run.config.get("model"))
         for label in sorted(groups, key=lambda g: (g not in ("base", start), g)):
             _add_target(systems, run, label, groups[label], is_only=len(groups) == 1)
-        for arm, members in run.arms.items():
+        for arm in sorted(run.arms, key=lambda name: name != BASELINE):
+            members = run.arms[arm]
             if any(m.evals for m in members):
                 evals = [m.evals for m in members if m.evals]
                 name = _free_name(arm, run, systems)
@@ -208,11 +218,7 @@ def _add_target(systems: list[System], run: RunData, label: str, evals: list[Eva
     target = evals[0].target
     for i, other in enumerate(systems):
         kinds = {e.name for e in other.members[0]}
-        if (
-            not other.is_arm
-            and _same_target(other.target, target)
-            and kinds.isdisjoint(e.name for e in evals)
-        ):
+        if not other.is_arm and same_target(other.target, target) and kinds.isdisjoint(e.name for e in evals):
             merged = System(other.name, other.target, [other.members[0] + evals], [*other.runs, run])
             systems[i] = merged
             return
@@ -231,8 +237,12 @@ def _free_name(name: str, run: RunData, systems: Sequence[System]) -> str:
     return name
 
 
-def _same_target(a: str, b: str) -> bool:
-    return a != "unknown" and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
+def same_target(a: str, b: str) -> bool:
+    """Whether two targets are the same reference, or two spellings of one folder."""
+    try:
+        return a != "unknown" and (a == b or Path(a).resolve(strict=True) == Path(b).resolve(strict=True))
+    except (OSError, ValueError):  # not a path: a Hub id, an endpoint, or text that no file can be called
+        return False
 
 
 def _named(

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tempering.reporting import plots
-from tempering.reporting.collect import Row, RunData, is_number
+from tempering.reporting.collect import Row, RunData, is_number, texts
 from tempering.reporting.plots import Line
+from tempering.reporting.wording import show
 
 _SMOOTH = 9
 """Steps in the centred moving mean that is drawn over a noisy curve."""
@@ -27,8 +28,8 @@ def training_plots(run: RunData, prefix: str = "") -> list[str]:
     margins = [("Reward margin of the batch", _noisy(_with_margin(run.steps), "margin", 2))]
     drawn += _curves(f"{prefix}loss", loss + margins, ends)
     pacing = [
-        ("Competence", [_line(run.steps, "competence", 1)]),
-        ("Pool: pairs that may be drawn", [_line(run.steps, "pool", 2)]),
+        ("Competence", [_line(run.steps, "competence", 1, breaks=True)]),
+        ("Pool: pairs that may be drawn", [_line(run.steps, "pool", 2, breaks=True)]),
     ]
     drawn += _curves(f"{prefix}pacing", pacing, ends)
     drawn += _curves(f"{prefix}heldout", heldout_panels(run.heldout), ends)
@@ -39,6 +40,19 @@ def training_plots(run: RunData, prefix: str = "") -> list[str]:
     if draws:
         drawn.append(plots.exposure_plot(draws, expected))
     return drawn
+
+
+def difficulty_note(run: RunData) -> str:
+    """Return the summary of the difficulty scores in words; empty where there is none."""
+    d, said = run.difficulty, []
+    if is_number(d.get("iqr")):
+        said.append(f"interquartile range {d['iqr']:.3g}")
+    if is_number(d.get("share_negative")):
+        said.append(f"{show('harmful_rate', d['share_negative'])} of the pairs score below 0")
+    if is_number(d.get("spearman_length")):
+        correlation = f"{d['spearman_length']:.2f}".replace("-", "−")
+        said.append(f"rank correlation with the difference in length {correlation}")
+    return f"Difficulty: {'; '.join(said)}." if said else ""
 
 
 def arms_plot(arms: dict[str, list[RunData]], series: dict[str, int]) -> str | None:
@@ -54,7 +68,8 @@ def arms_plot(arms: dict[str, list[RunData]], series: dict[str, int]) -> str | N
         if steps:
             means = [statistics.fmean(by_step[s]) for s in steps]
             lines.append(Line(arm, series.get(arm, 0), steps, means))
-    return plots.curves_plot("arms", [("Held-out margin over the start model", lines)]) if lines else None
+    panels = [("Held-out margin over the start model (nats), mean over seeds", lines)]
+    return plots.curves_plot("arms", panels, width=plots.WHOLE) if lines else None
 
 
 def stage_ends(steps: Sequence[Row]) -> list[float]:
@@ -70,7 +85,7 @@ def heldout_panels(heldout: Sequence[Row]) -> list[tuple[str, list[Line]]]:
     """Return the panels of held-out margins and log-probabilities (a falling chosen one must show)."""
     margins = [
         _line(heldout, "margin_initial", 1, "over start model"),
-        _line(heldout, "margin_stage", 2, "over stage reference"),
+        _line(heldout, "margin_stage", 2, "over stage reference", breaks=True),
     ]
     logprobs = [_line(heldout, "logp_chosen", 1, "chosen"), _line(heldout, "logp_rejected", 2, "rejected")]
     return [("Held-out margin (nats)", margins), ("Held-out log-probability (nats)", logprobs)]
@@ -80,11 +95,9 @@ def stage_scores(run: RunData) -> list[list[float]]:
     """Return the difficulty scores of the training pairs, stage by stage; one list where there is no plan."""
     scores = {str(r.get("id")): r["score"] for r in run.scored if is_number(r.get("score"))}
     if run.plan:
-        stages = [[scores[str(i)] for i in row.get("ids") or () if str(i) in scores] for row in run.plan]
+        stages = [[scores[i] for i in texts(row.get("ids")) if i in scores] for row in run.plan]
         return [s for s in stages if s]
-    train = [
-        r["score"] for r in run.scored if is_number(r.get("score")) and r.get("split") in (None, "train")
-    ]
+    train = [r["score"] for r in run.scored if is_number(r.get("score")) and r.get("split") in (None, "train")]
     return [train] if train else []
 
 
@@ -106,9 +119,9 @@ def exposure_deciles(run: RunData) -> tuple[list[float], list[float]]:
     draws: list[list[float]] = [[] for _ in range(10)]
     expected: list[list[float]] = [[] for _ in range(10)]
     for row in run.plan:
-        ids = row.get("ids") or []
+        ids = texts(row.get("ids"))
         for position, pair in enumerate(ids):
-            found = seen.get((str(row.get("stage")), str(pair)))
+            found = seen.get((str(row.get("stage")), pair))
             if found is not None:
                 decile = 10 * position // len(ids)
                 draws[decile].append(found["draws"])
@@ -126,19 +139,34 @@ def _curves(name: str, panels: Sequence[tuple[str, Sequence[Line]]], ends: Seque
     return [plots.curves_plot(name, filled, ends)] if filled else []
 
 
-def _line(rows: Sequence[Row], key: str, series: int, label: str = "") -> Line:
-    points = [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
-    return Line(label or key, series, [p[0] for p in points], [p[1] for p in points])
+def _line(rows: Sequence[Row], key: str, series: int, label: str = "", *, breaks: bool = False) -> Line:
+    """A curve of one key; with `breaks`, stages are not joined by a stroke: the quantity starts anew."""
+    x: list[float] = []
+    y: list[float] = []
+    stage = None
+    for row in rows:
+        if is_number(row.get(key)):
+            if breaks and x and row.get("stage") != stage:
+                x.append(row["step"])
+                y.append(float("nan"))
+            x.append(row["step"])
+            y.append(row[key])
+            stage = row.get("stage")
+    return Line(label or key, series, x, y)
 
 
 def _noisy(rows: Sequence[Row], key: str, series: int) -> list[Line]:
-    """The curve itself, faint, under its moving mean."""
+    """The curve itself, faint, under its moving mean, which does not look across the end of a stage."""
     line = _line(rows, key, series)
     if len(line.x) < 3 * _SMOOTH:
         return [line]
-    padded = np.pad(np.asarray(line.y, dtype=float), _SMOOTH // 2, mode="edge")
-    smooth = np.convolve(padded, np.ones(_SMOOTH) / _SMOOTH, mode="valid")
-    return [line._replace(is_faint=True), line._replace(y=smooth.tolist())]
+    stages = [row.get("stage") for row in rows if is_number(row.get(key))]
+    smooth: list[float] = []
+    for _, part in itertools.groupby(zip(stages, line.y, strict=True), key=lambda p: p[0]):
+        y = np.asarray([value for _, value in part], dtype=float)
+        padded = np.pad(y, _SMOOTH // 2, mode="edge")
+        smooth += np.convolve(padded, np.ones(_SMOOTH) / _SMOOTH, mode="valid").tolist()
+    return [line._replace(is_faint=True), line._replace(y=smooth)]
 
 
 def _with_margin(steps: Sequence[Row]) -> list[Row]:

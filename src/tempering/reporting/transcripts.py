@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tempering.reporting.collect import Row
-from tempering.reporting.systems import System, measures, prompt_text, row_key
+from tempering.reporting.systems import System, outcome_of, prompt_text, row_key
 
 LONGEST = 1200
 """Characters shown of one answer."""
 COLUMNS = 3
 _METRICS = ("harmful_rate", "over_refusal_rate", "attack_success_rate")
+_ATTACKS = 2
+"""Attacks shown, each with its own examples."""
 
 
 class Answer(NamedTuple):
     """What one system said, with its verdict."""
 
     system: str
+    prefill: str
+    """The start of the answer that was put into the model's mouth."""
     text: str
     is_cut: bool
     outcome: bool | None
@@ -48,12 +52,13 @@ def examples(systems: Sequence[System], *, per_kind: int = 2) -> list[Example]:
     if not shown:
         return []
     picked = []
-    for metric in _METRICS:
+    attacks = [m for m in shown[-1].metrics if m.startswith("attack_success_rate/")]
+    for metric in [*_METRICS, *attacks[:_ATTACKS]]:
         lines = [_lines(system, metric) for system in shown]
         kinds: dict[str, list[Example]] = {"improved": [], "worse": [], "still": [], "unchanged": []}
         for key in sorted(set.intersection(*(set(found) for found in lines))):
             rows = [found[key] for found in lines]
-            kind = _kind(rows[0].get("outcome"), rows[-1].get("outcome"))
+            kind = _kind(outcome_of(rows[0], metric), outcome_of(rows[-1], metric))
             if kind and len(kinds[kind]) < per_kind:
                 kinds[kind].append(_example(kind, metric, shown, rows))
         picked += [e for found in kinds.values() for e in found]
@@ -64,7 +69,7 @@ def _lines(system: System, metric: str) -> dict[tuple[str, str], Row]:
     found: dict[tuple[str, str], Row] = {}
     for e in system.members[0]:
         for row in e.rows:
-            if measures(row, metric) and "completion" in row:
+            if outcome_of(row, metric) is not None and "completion" in row:
                 found.setdefault(row_key(row), row)
     return found
 
@@ -83,18 +88,20 @@ def _kind(before: object, after: object) -> str | None:
 
 def _example(kind: str, metric: str, systems: Sequence[System], rows: Sequence[Row]) -> Example:
     first = rows[0]
-    answers = [_answer(system.name, row) for system, row in zip(systems, rows, strict=True)]
+    answers = [_answer(system.name, row, metric) for system, row in zip(systems, rows, strict=True)]
     category, attack = (str(first.get(k) or "") for k in ("category", "attack"))
-    return Example(kind, metric, category, attack, prompt_text(first), answers)
+    asked = str(first["asked"]) if first.get("asked") else prompt_text(first)
+    return Example(kind, metric, category, attack if attack != "direct" else "", asked, answers)
 
 
-def _answer(system: str, row: Row) -> Answer:
+def _answer(system: str, row: Row, metric: str) -> Answer:
     text, verdict = str(row.get("completion") or ""), row.get("verdict")
     verdict = verdict if isinstance(verdict, dict) else {}
     words = [str(verdict[k]) for k in ("label", "reason") if verdict.get(k)]
-    outcome = row.get("outcome")
+    outcome = outcome_of(row, metric)
     return Answer(
         system,
+        str(row.get("prefill") or ""),
         text[:LONGEST],
         len(text) > LONGEST or row.get("finish") == "length",
         outcome if isinstance(outcome, bool) else None,

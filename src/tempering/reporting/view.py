@@ -6,6 +6,7 @@ Used by the report. The template escapes everything but the plots made here.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 from tempering.reporting import plots, wording
 from tempering.reporting.card import base_model, licences_of
 from tempering.reporting.cautions import judges_of
-from tempering.reporting.collect import RunData, phase_seconds
+from tempering.reporting.collect import RunData, phase_seconds, texts
 from tempering.reporting.compare import CLAIM, Compared, Refutation
 from tempering.reporting.systems import System, meaning, metric_order
-from tempering.reporting.training import arms_plot, training_plots
+from tempering.reporting.training import arms_plot, difficulty_note, training_plots
 from tempering.reporting.transcripts import examples
 
 _FIRST = ("harmful_rate", "attack_success_rate", "over_refusal_rate", "capability_accuracy")
@@ -42,13 +43,12 @@ def page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(
-        meaning=meaning, show=wording.show, show_interval=wording.show_interval, forest=forest
-    )
+    environment.globals.update(meaning=meaning, show=wording.show, show_interval=wording.show_interval, forest=forest)
     template = environment.from_string((here / "report.html.j2").read_text(encoding="utf-8"))
-    series = {s.name: i for i, s in enumerate(systems)}
     main = wording.main_system(systems)
-    shown = [s for s in dict.fromkeys([*systems[:1], *([main] if main else [])])]
+    shown = list(dict.fromkeys([*systems[:1], *([main] if main else [])]))
+    ranked = dict.fromkeys([*shown, *systems])
+    series = {s.name: i for i, s in enumerate(ranked)}
     return template.render(
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
         title=title or _title(runs, main),
@@ -59,7 +59,7 @@ def page(
         summary=_summary_metrics(systems),
         metrics=sorted({m for s in systems for m in s.metrics}, key=metric_order),
         safety=[Markup(svg) for svg in _safety(systems, series)],
-        comparisons=comparisons,
+        comparisons=_comparisons(comparisons),
         refutation=refutation,
         has_claim=any(s.is_arm and s.name == CLAIM for s in systems),
         arms=[s for s in systems if s.is_arm],
@@ -73,12 +73,24 @@ def page(
     )
 
 
-def forest(compared: Compared) -> dict[str, float] | None:
-    """Return where to draw a difference between -100 and 100 points; `None` for what is no fraction."""
+def _comparisons(comparisons: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Return one table a reference system, with the scale of its little plots (points at either end)."""
+    tables = []
+    for against, group in itertools.groupby(comparisons, key=lambda c: c.b):
+        rows = list(group)
+        shares = [c.result for c in rows if meaning(c.metric).is_fraction]
+        widest = max([0.1, *(max(abs(r.low), abs(r.high)) for r in shares)])
+        tables.append({"against": against, "rows": rows, "scale": math.ceil(10 * widest) / 10})
+    return tables
+
+
+def forest(compared: Compared, scale: float) -> dict[str, float] | None:
+    """Return where to draw a difference between -100 and 100; `None` for what is no fraction."""
     if not meaning(compared.metric).is_fraction:
         return None
     r = compared.result
-    return {k: round(100 * x, 2) for k, x in (("low", r.low), ("high", r.high), ("at", r.difference))}
+    places = {"low": r.low, "high": r.high, "at": r.difference}
+    return {name: round(100 * x / scale, 2) for name, x in places.items()}
 
 
 def _title(runs: Sequence[RunData], main: System | None) -> str:
@@ -87,7 +99,7 @@ def _title(runs: Sequence[RunData], main: System | None) -> str:
 
 def _summary_metrics(systems: Sequence[System]) -> list[str]:
     present = sorted({m for s in systems for m in s.metrics}, key=metric_order)
-    first = [m for m in present if m.partition("/")[0] in _FIRST and "@" not in m]
+    first = [m for m in present if m in _FIRST or m.startswith("attack_success_rate/")]
     if len(first) > _WIDEST:  # many attacks: keep the first ones, and what they cost
         attacks = [m for m in first if "/" in m]
         first = [m for m in first if m not in attacks[_WIDEST - len(first) + len(attacks) :]]
@@ -95,9 +107,7 @@ def _summary_metrics(systems: Sequence[System]) -> list[str]:
 
 
 def _safety(systems: Sequence[System], series: dict[str, int]) -> list[str]:
-    metric = next(
-        (m for m in ("harmful_rate", "attack_success_rate") if any(m in s.metrics for s in systems)), None
-    )
+    metric = next((m for m in ("harmful_rate", "attack_success_rate") if any(m in s.metrics for s in systems)), None)
     if metric is None:
         return []
     panels = []
@@ -134,36 +144,35 @@ def _categories(systems: Sequence[System]) -> list[dict[str, Any]]:
     keys = sorted({m for s in systems for c in s.breakdown.values() for m in c}, key=metric_order)
     for key in keys:
         having = [s for s in systems if any(key in m for m in s.breakdown.values())]
-        names = sorted({c for s in having for c, metrics in s.breakdown.items() if key in metrics})
+        names: list[str] = sorted({c for s in having for c, m in s.breakdown.items() if key in m})
         first = {c: m[key].value or 0.0 for c, m in having[0].breakdown.items() if key in m}
-        sign = 1 if meaning(key).better == "higher" else -1
-        order: dict[str, float] = {c: (sign * first[c] if c in first else 2.0) for c in names}
-        tables.append({"metric": key, "systems": having, "categories": sorted(names, key=order.__getitem__)})
+        names.sort(key=lambda c: first.get(c, math.inf), reverse=meaning(key).better != "higher")
+        tables.append({"metric": key, "systems": having, "categories": names})
     return tables
 
 
 def _training(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Return the plots of each trained run; of an arm, those of its first seed."""
+    """Return the plots of each trained run; of arms, those of the claim's first seed (else the first arm's)."""
     from markupsafe import Markup
 
     sections: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
         candidates = [(run.name, run)] if run.is_trained else []
-        candidates += [(members[0].name, members[0]) for members in run.arms.values()]
+        if run.arms:
+            members = run.arms.get(CLAIM) or next(iter(run.arms.values()))
+            candidates.append((members[0].name, members[0]))
         for name, one in candidates:
             svgs = training_plots(one, prefix=f"t{number}-{len(sections)}-")
-            is_main = one is run or name.startswith(f"{CLAIM}-seed")
             if svgs:
                 sections.append(
                     {
                         "name": name,
                         "method": one.method,
                         "plots": [Markup(svg) for svg in svgs],
-                        "difficulty": one.difficulty,
-                        "open": is_main,
+                        "difficulty": difficulty_note(one),
                     }
                 )
-    return sorted(sections, key=lambda s: not s["open"])
+    return sections
 
 
 def _cost(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def _provenance(run: RunData) -> dict[str, Any]:
         "command": " ".join(map(str, command)) if isinstance(command, list) else str(command or "unknown"),
         "created": str(p.get("created") or "unknown"),
         "versions": {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {},
-        "parents": [str(x) for x in p.get("parents") or ()],
+        "parents": texts(p.get("parents")),
         "judges": list(judges_of(run)),
         "licences": licences_of(run),
         "unsafe": p.get("unsafe"),

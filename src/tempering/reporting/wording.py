@@ -38,7 +38,8 @@ def verdict(systems: Sequence[System], comparisons: Sequence[Compared]) -> str:
             parts.append(_headline(metric, label, arrow, before, after, compared))
     if not parts:
         return "Neither harm, over-refusal nor capability was measured."
-    subject = f"{main.name}: " if main is base or len(systems) > 2 else ""
+    against = f" against {base.name}" if main is not base else ""
+    subject = f"{main.name}{against}: " if main is base or len(systems) > 2 else ""
     return subject + "; ".join(parts) + "."
 
 

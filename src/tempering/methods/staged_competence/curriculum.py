@@ -28,7 +28,7 @@ class Curriculum(Config):
     """How competence grows inside a stage."""
     p: float = 2.0
     """Exponent of `root_p` pacing (sqrt is 2, linear 1)."""
-    steps: list[tuple[float, float]] = []
+    steps: tuple[tuple[float, float], ...] = ()
     """`step` pacing: [u, competence] pairs, u the share of the stage that is done."""
     c0: float = 0.01
     """Competence at the first step of a stage, in (0, 1]."""
@@ -202,9 +202,7 @@ def unseen_share(n: int, batch: int, epochs: int, cur: Curriculum) -> float:
     return float(np.mean(np.exp(np.cumsum(log_miss[::-1])[::-1][1:])))
 
 
-def add_replay(
-    rows: list[list[str]], earlier: Sequence[str], share: float, seed: int, stage: int
-) -> list[list[str]]:
+def add_replay(rows: list[list[str]], earlier: Sequence[str], share: float, seed: int, stage: int) -> list[list[str]]:
     """Replace the last round(share B) ids of each batch by ids drawn uniformly from earlier stages."""
     if not share or not earlier:
         return rows
@@ -250,7 +248,9 @@ def nested_subset(scores: dict[str, float], share: float, seed: int) -> set[str]
 
 def random_score(item: str, seed: int) -> float:
     """A difficulty that says nothing, in [0, 1): the first 8 bytes of SHA-256("seed:id") / 2^64."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{item}".encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed}:{item}".encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    )
 
 
 def schedule_hash(rows: Sequence[Sequence[str]]) -> str:
@@ -264,4 +264,3 @@ def _sha(text: str) -> str:
 
 def _generator(seed: int, stage: int, t: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stage], counter=[0, 0, 0, t]))
-

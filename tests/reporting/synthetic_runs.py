@@ -3,7 +3,6 @@
 import json
 import random
 
-import pytest
 import yaml
 
 PROMPTS = {"harm": 60, "over_refusal": 40, "capability": 50}
@@ -36,17 +35,17 @@ def write_eval(root, name, rate, *, target, system=None, n=None, seed=0, kind=No
                 else "I can't help with that, but here is what would be fine instead."
             ),
             "finish": "stop", "metric": metric, "outcome": outcome,
-            "verdict": {"score": None if outcome is None else float(outcome > 0), "label": word, "reason": "by rule",
-                        "judge": judge},
+            "verdict": {
+                "score": None if outcome is None else float(outcome > 0), "label": word, "reason": "by rule",
+                "judge": judge,
+            },
         })  # fmt: skip
 
     def aggregate(some):
         scored = [r["outcome"] for r in some if r["outcome"] is not None]
         got = wilson(sum(scored), len(scored)) if numbers is None else bootstrap_mean(scored)
         name_ = f"{metric}/{attack}" if attack else metric
-        return {
-            name_: {**got._asdict(), "n": len(scored), "unscored": len(some) - len(scored), "judge": judge}
-        }
+        return {name_: {**got._asdict(), "n": len(scored), "unscored": len(some) - len(scored), "judge": judge}}
 
     breakdown = {c: aggregate([r for r in lines if r["category"] == c]) for c in CATEGORIES}
     document = {
@@ -86,8 +85,8 @@ def write_training(root, *, stages=3, steps=40, pairs=60, seed=0):
         stage, t = divmod(step, steps)
         margin = 0.004 * step + rng.gauss(0, 0.08) + 0.3 * t / steps
         lines.append({
-            "step": step, "loss": 0.69 - margin / 3, "lr": 5e-5 * (1 - t / steps), "tokens": 900, "seconds": 0.8,
-            "stage": stage, "stage_step": t, "competence": (t / steps) ** 0.5, "distinct_in_batch": 8,
+            "step": step, "loss": 0.69 - margin / 3, "lr": 5e-5 * (1 - t / steps), "tokens": 900,
+            "seconds": 0.8, "stage": stage, "stage_step": t, "competence": (t / steps) ** 0.5, "distinct_in_batch": 8,
             "pool": max(8, int(pairs * (t / steps) ** 0.5)), "grad_norm": 1.0, "reward_chosen": margin / 2,
             "reward_rejected": -margin / 2, "accuracy": 0.8,
         })  # fmt: skip
@@ -127,8 +126,8 @@ def write_base(root):
     for name, rate in (("harm", 50 / 60), ("over_refusal", 1 / 40), ("capability", 30 / 50)):
         write_eval(root, name, rate, target="smollm2", system="base")
     write_eval(
-        root, "prefill", 0.9, kind="redteam", metric="attack_success_rate", attack="prefill", target="smollm2",
-        system="base",
+        root, "prefill", 0.9, kind="redteam", metric="attack_success_rate", attack="prefill",
+        target="smollm2", system="base",
     )  # fmt: skip
     return root
 
@@ -138,16 +137,17 @@ def write_tempered(root):
     provenance = {
         "judges": {"filter": "llm qwen rubric 1a2b", "report": JUDGE},
         "data_licences": {"demo pairs": "Apache-2.0"},
-        "cost": {p: {"seconds": s, "tokens": 10} for p, s in (("scoring", 41), ("reference", 12), ("training", 188))},
+        "cost": {
+            "scoring": {"seconds": 41, "tokens": 9}, "reference": {"seconds": 12, "tokens": 9},
+            "training": {"seconds": 188, "tokens": 9},
+        },
         "parents": ["smollm2"],
     }  # fmt: skip
     write_run(root, "staged_competence", provenance=provenance, lr=5e-5, beta=0.1, seed=42)
     write_training(root)
     for name, rate in (("harm", 7 / 60), ("over_refusal", 2 / 40), ("capability", 29 / 50)):
         write_eval(root, name, rate, target=str(root))
-    write_eval(
-        root, "prefill", 0.3, kind="redteam", metric="attack_success_rate", attack="prefill", target=str(root)
-    )
+    write_eval(root, "prefill", 0.3, kind="redteam", metric="attack_success_rate", attack="prefill", target=str(root))
     return root
 
 
@@ -180,13 +180,3 @@ def write_comparison(root, arms=ARMS, seeds=(0, 1, 2), kl=None):
             numbers = [level + 0.1 * ((i * 7 + seed) % 5 - 2) for i in range(40)]
             write_eval(child, "separation", 0, metric="kl_initial", numbers=numbers, target=str(child))
     return root
-
-
-@pytest.fixture
-def base(tmp_path):
-    return write_base(tmp_path / "base-evals")
-
-
-@pytest.fixture
-def tempered(tmp_path):
-    return write_tempered(tmp_path / "tempered")

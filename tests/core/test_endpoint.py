@@ -1,0 +1,272 @@
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tempering.core.endpoint import EndpointSampler, parse_endpoint
+from tempering.core.records import Prompt
+
+KEY = "sk-very-secret-123"
+
+
+def reply(text, finish="stop"):
+    return 200, json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]}), {}
+
+
+class Server:
+    """A loopback endpoint that answers with `script(body, count)`: (status, text, headers)."""
+
+    def __init__(self, script):
+        self.bodies, self.headers, self.busy, self.most_busy = [], [], 0, 0
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.bodies.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer.busy += 1
+                    outer.most_busy = max(outer.busy, outer.most_busy)
+                    count = len(outer.bodies)
+                status, text, headers = script(body, count)
+                with lock:
+                    outer.busy -= 1
+                content = text if isinstance(text, bytes) else text.encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):  # the client may have given up
+                    self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def close(self):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "OPENAI_API_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    servers = []
+
+    def start(script):
+        servers.append(Server(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def sampler(server, **kw):
+    settings = {"backoff_s": 0.001, "retries": 2, "timeout_s": 5} | kw
+    return EndpointSampler(f"openai:m@{server.url}", **settings)
+
+
+def prompts(n):
+    return [Prompt(({"role": "user", "content": f"question {i}"},)) for i in range(n)]
+
+
+def test_answers_come_in_the_order_of_the_prompts(serve):
+    def script(body, count):
+        time.sleep(0.02 if "question 0" in body["messages"][0]["content"] else 0)
+        return reply(body["messages"][0]["content"])
+
+    told = []
+    groups = sampler(serve(script))(prompts(6), n=2, on_done=told.append)
+    assert [[c.text for c in g] for g in groups] == [[f"question {i}"] * 2 for i in range(6)]
+    assert [[c.index for c in g] for g in groups] == [[0, 1]] * 6
+    assert sum(told) == 6
+
+
+def test_requests_overlap_up_to_the_concurrency(serve):
+    server = serve(lambda b, c: (time.sleep(0.05), reply("x"))[1])
+    sampler(server, concurrency=3)(prompts(9))
+    assert 1 < server.most_busy <= 3
+
+
+def test_settings_and_a_seed_of_its_own_are_sent_with_each_sample(serve):
+    server = serve(lambda b, c: reply("x"))
+    ask = sampler(server)
+    ask(prompts(2), n=2, max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3)
+    assert all(
+        (b["max_tokens"], b["temperature"], b["top_p"], b["model"]) == (7, 0.5, 0.9, "m") for b in server.bodies
+    )
+    first = {(b["messages"][0]["content"], b["seed"]) for b in server.bodies}
+    assert len({seed for _, seed in first}) == 4
+    server.bodies.clear()
+    ask(prompts(2)[::-1], n=2, seed=3)
+    assert {(b["messages"][0]["content"], b["seed"]) for b in server.bodies} == first
+
+
+def test_a_prefill_is_sent_as_the_last_turn(serve):
+    server = serve(lambda b, c: reply("x"))
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure, "})
+    sampler(server)([Prompt(turns)])
+    assert server.bodies[0]["messages"] == list(turns)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 529])
+def test_a_passing_failure_is_retried(serve, status):
+    server = serve(lambda b, c: (status, "busy", {}) if c <= 2 else reply("at last"))
+    assert sampler(server)(prompts(1))[0][0].text == "at last"
+
+
+def test_a_lasting_failure_is_an_error_with_the_number_of_tries(serve):
+    server = serve(lambda b, c: (503, "overloaded", {}))
+    (completion,) = sampler(server)(prompts(1))[0]
+    assert completion.finish == "error"
+    assert completion.error == "HTTP 503: overloaded (3 tries)"
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_other_client_errors_are_final(serve, status):
+    server = serve(lambda b, c: (status, "no such thing", {}))
+    (completion,) = sampler(server)(prompts(1))[0]
+    assert completion.finish == "error"
+    assert f"HTTP {status}" in completion.error
+    assert len(server.bodies) == 1
+
+
+def test_retry_after_is_obeyed(serve):
+    server = serve(lambda b, c: (429, "", {"Retry-After": "0.2"}) if c == 1 else reply("x"))
+    started = time.monotonic()
+    assert sampler(server)(prompts(1))[0][0].text == "x"
+    assert time.monotonic() - started >= 0.2
+
+
+@pytest.mark.parametrize("value", ["soon", "-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_senseless_retry_after_does_no_harm(serve, value):
+    server = serve(lambda b, c: (429, "", {"Retry-After": value}) if c == 1 else reply("x"))
+    assert sampler(server)(prompts(1))[0][0].text == "x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<html>Bad gateway</html>", "", "{", "null", "[]", "3", '"text"', "{}", '{"choices": []}', '{"choices": [{}]}',
+        '{"choices": [{"message": null}]}', '{"choices": {"0": 1}}', '{"error": {"message": "model not loaded"}}',
+        '{"choices": [{"message": {"content": null}}]}', '{"choices": [{"message": {"content": [1]}}]}', b"\xff\xfe",
+    ],
+)  # fmt: skip
+def test_a_malformed_reply_is_an_error_not_an_answer(serve, text):
+    (completion,) = sampler(serve(lambda b, c: (200, text, {})))(prompts(1))[0]
+    assert completion.finish == "error"
+    assert completion.error
+    assert completion.text == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "finish"), [("stop", "stop"), ("length", "length"), (None, "stop"), ("eos", "stop")]
+)
+def test_the_finish_reason_is_kept(serve, told, finish):
+    assert sampler(serve(lambda b, c: reply("x", told)))(prompts(1))[0][0].finish == finish
+
+
+def test_a_withheld_answer_is_an_error_and_a_stated_refusal_is_text(serve):
+    withheld = {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I can't."}, "finish_reason": "stop"}]}
+    script = lambda b, c: (200, json.dumps(withheld if c == 1 else refusal), {})  # noqa: E731
+    ask = sampler(serve(script))
+    assert ask(prompts(1))[0][0].finish == "error"
+    assert ask(prompts(1))[0][0].text == "I can't."
+
+
+def test_nobody_there_is_a_connection_error_with_the_url_and_the_remedy(serve):
+    server = serve(lambda b, c: reply("x"))
+    url = server.url
+    server.close()
+    with pytest.raises(ConnectionError, match=rf"{url}.*start the server"):
+        EndpointSampler(f"openai:m@{url}", retries=1, backoff_s=0.001)(prompts(3))
+
+
+def test_a_server_that_goes_away_later_gives_error_completions(serve):
+    server = serve(lambda b, c: reply("x"))
+    ask = sampler(server, retries=1)
+    assert ask(prompts(1))[0][0].finish == "stop"
+    server.close()
+    assert [g[0].finish for g in ask(prompts(3))] == ["error"] * 3
+
+
+def test_a_slow_server_is_a_timeout_not_a_hang(serve):
+    server = serve(lambda b, c: (time.sleep(0.4), reply("x"))[1])
+    (completion,) = sampler(server, timeout_s=0.1, retries=0)(prompts(1))[0]
+    assert completion.finish == "error"
+    assert "Timeout" in completion.error
+
+
+def test_the_key_is_sent_and_appears_nowhere_else(serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server = serve(lambda b, c: (401, f"bad key {KEY}", {}))
+    ask = sampler(server, api_key_env="JUDGE_KEY")
+    (completion,) = ask(prompts(1))[0]
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in completion.error
+    assert KEY not in repr(ask) + str(vars(ask)) + ask.name
+
+
+def test_no_key_no_header(serve):
+    server = serve(lambda b, c: reply("x"))
+    sampler(server)(prompts(1))
+    assert "Authorization" not in server.headers[0]
+
+
+def test_no_prompts_no_requests(serve):
+    server = serve(lambda b, c: reply("x"))
+    assert sampler(server)([]) == []
+    assert server.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "url"),
+    [
+        ("openai:gpt-x@http://host:8000/v1", "gpt-x", "http://host:8000/v1"),
+        ("openai:org/m:latest@https://api.example.org/v1/", "org/m:latest", "https://api.example.org/v1"),
+        ("openai:m@rev@http://[::1]:80/v1/chat/completions", "m@rev", "http://[::1]:80/v1"),
+    ],
+)
+def test_an_endpoint_is_a_model_and_a_url(spec, model, url):
+    assert parse_endpoint(spec) == (model, url)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gpt-x", "expected openai:MODEL@URL"),
+        ("openai:gpt-x", "no '@http"),
+        ("openai:gpt-x@host:8000", "no '@http"),
+        ("openai:@http://host/v1", "no model"),
+        ("openai:m@http://", "no host"),
+        ("openai:m@http://host:port/v1", "no valid port"),
+        ("openai:m@http://host/v1?key=1", "without '\\?'"),
+        ("openai:m@http://me:hunter2@host/v1", "environment variable"),
+    ],
+)
+def test_a_wrong_endpoint_is_named_with_what_was_expected(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_endpoint(spec)
+    assert "hunter2" not in str(caught.value)
+    assert "key=1" not in str(caught.value)

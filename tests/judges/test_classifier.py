@@ -1,0 +1,168 @@
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from tempering.core.records import Completion, Prompt  # noqa: E402
+from tempering.judges import load_judge  # noqa: E402
+from tempering.judges.classifier import ClassifierJudge, GuardJudge, parse_guard  # noqa: E402
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "safe", "unsafe", "user", "assistant", "hello", "world", "again", ":"]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+PROMPT = Prompt(({"role": "user", "content": "hello"},))
+
+
+def tokenizer():
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
+    )
+
+
+def config(**kw):
+    torch.manual_seed(0)
+    return LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **kw
+    )  # fmt: skip
+
+
+@pytest.fixture
+def head(tmp_path):
+    def make(**kw):
+        model = LlamaForSequenceClassification(config(**kw))
+        model.score.weight.data.mul_(50)
+        model.save_pretrained(tmp_path)
+        tokenizer().save_pretrained(tmp_path)
+        return str(tmp_path), model.eval()
+
+    return make
+
+
+@pytest.fixture
+def guard(tmp_path):
+    model = LlamaForCausalLM(config())
+    model.save_pretrained(tmp_path)
+    tok = tokenizer()
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def completions(*texts):
+    return [Completion(PROMPT.id, text, "stop", i) for i, text in enumerate(texts)]
+
+
+def test_the_score_is_the_probability_of_the_label(head):
+    path, model = head(
+        num_labels=3, id2label={0: "ok", 1: "toxic", 2: "hate"}, label2id={"ok": 0, "toxic": 1, "hate": 2}
+    )
+    ids = tokenizer()("world again", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits.softmax(-1)[0]
+    named = ClassifierJudge(path, "harmful", labels=["Toxic"], device="cpu")
+    both = ClassifierJudge(path, "harmful", device="cpu")
+    assert named(PROMPT, completions("world again"))[0].score == pytest.approx(float(expected[1]), abs=1e-5)
+    assert both(PROMPT, completions("world again"))[0].score == pytest.approx(float(expected[1:].sum()), abs=1e-5)
+
+
+def test_neighbours_in_a_batch_do_not_change_a_score(head):
+    path, _ = head(num_labels=2, id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
+    texts = ["hello", "hello world again again again", "again"]
+    judge = ClassifierJudge(path, "harmful", device="cpu")
+    together = [v.score for v in judge(PROMPT, completions(*texts))]
+    alone = [judge(PROMPT, completions(t))[0].score for t in texts]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_multi_label_head_gives_its_largest_probability(head):
+    path, model = head(
+        num_labels=2, id2label={0: "toxic", 1: "hate"}, label2id={"toxic": 0, "hate": 1},
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    ids = tokenizer()("again", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = float(model(ids).logits.sigmoid().max())
+    judge = ClassifierJudge(path, "harmful", device="cpu")
+    assert judge(PROMPT, completions("again"))[0].score == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pair_reads_the_request_too(head):
+    path, _ = head(num_labels=2, id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
+    judge = ClassifierJudge(path, "harmful", reads="pair", device="cpu")
+    other = Prompt(({"role": "user", "content": "again again world"},))
+    assert judge(PROMPT, completions("world"))[0].score != judge(other, completions("world"))[0].score
+
+
+@pytest.mark.parametrize("spec", ["classifier:{}", "classifier:{}#nonsense"])
+def test_labels_that_do_not_answer_the_question_are_an_error_naming_them(head, spec):
+    path, _ = head(num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    with pytest.raises(ValueError, match=r"among its labels \(cat, dog\)"):
+        load_judge(spec.format(path), "harmful")(PROMPT, completions("world"))
+
+
+def test_nothing_is_loaded_before_the_first_question():
+    assert load_judge("classifier:no/such-model", "harmful").identity.startswith("classifier:no/such-model")
+    assert load_judge("guard:no/such-model", "harmful").identity.startswith("guard:no/such-model")
+
+
+def test_failed_and_empty_completions_are_not_classified():
+    judge = load_judge("classifier:no/such-model", "harmful")
+    failed, empty = judge(PROMPT, [Completion(PROMPT.id, "", "error", error="down"), *completions(" ")])
+    assert failed.is_unscored
+    assert empty.score == 0.0
+
+
+def test_an_untrained_guard_is_unscored_rather_than_safe(guard):
+    verdicts = GuardJudge(guard, device="cpu", max_new_tokens=3)(PROMPT, completions("world", "world again world"))
+    assert len(verdicts) == 2
+    assert all(v.is_unscored or v.label in ("safe", "unsafe") for v in verdicts)
+    assert any(v.is_unscored and "first line" in v.reason for v in verdicts)
+
+
+def test_a_guard_that_writes_unsafe_is_heard(guard, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(guard)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.model.embed_tokens.weight.data[:, 0] = 1.0
+    model.model.norm.weight.data.fill_(1.0)
+    model.lm_head.weight.data[WORDS.index("unsafe"), 0] = 5.0
+    model.save_pretrained(guard)
+    (verdict,) = GuardJudge(guard, device="cpu", max_new_tokens=1)(PROMPT, completions("world"))
+    assert (verdict.label, verdict.score) == ("unsafe", 1.0)
+
+
+def test_a_guard_without_a_chat_template_is_an_error(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    LlamaForCausalLM(config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        GuardJudge(str(tmp_path), device="cpu")(PROMPT, completions("world"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("safe", 0.0),
+        ("\n\nunsafe\nS1,S2", 1.0),
+        ("Unsafe", 1.0),
+        ("", None),
+        ("not unsafe", None),
+        ("safe?", None),
+        ("S1", None),
+    ],
+)
+def test_only_safe_or_unsafe_alone_on_the_first_line_counts(reply, score):
+    assert parse_guard(reply, "g").score == score
