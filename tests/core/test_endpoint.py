@@ -167,8 +167,9 @@ def test_a_senseless_retry_after_does_no_harm(serve, value):
 @pytest.mark.parametrize(
     "text",
     [
-        "<html>Bad gateway</html>", "", "{", "null", "[]", "3", '"text"', "{}", '{"choices": []}', '{"choices": [{}]}',
-        '{"choices": [{"message": null}]}', '{"choices": {"0": 1}}', '{"error": {"message": "model not loaded"}}',
+        "<html>Bad gateway</html>", "", "{", "null", "[]", "3", '"text"', "{}", '{"choices": []}',
+        '{"choices": [{}]}', '{"choices": [{"message": null}]}', '{"choices": {"0": 1}}',
+        '{"error": {"message": "model not loaded"}}',
         '{"choices": [{"message": {"content": null}}]}', '{"choices": [{"message": {"content": [1]}}]}', b"\xff\xfe",
     ],
 )  # fmt: skip

@@ -15,7 +15,10 @@ from tempering.judges import load_judge  # noqa: E402
 from tempering.judges.classifier import ClassifierJudge, GuardJudge, parse_guard  # noqa: E402
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "safe", "unsafe", "user", "assistant", "hello", "world", "again", ":"]
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
 PROMPT = Prompt(({"role": "user", "content": "hello"},))
 
 

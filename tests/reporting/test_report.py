@@ -33,7 +33,7 @@ class Page(HTMLParser):
         self.ids += [value for key, value in attrs if key == "id"]
 
     def handle_data(self, data):
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_verdict_is_computed_from_the_numbers(two):
     _, _, _, html = two
     assert (
         "Harmful answers fell from 83 % to 12 % (difference −72 pp, 95 % interval −81 to −57, n = 60); "
-        "attack success: prefill 90 % → 30 %; over-refusal 2.5 % → 5 % (no measurable change); "
+        "attack success: prefill fell 90 % → 30 %; over-refusal 2.5 % → 5 % (no measurable change); "
         "capability 60 % → 58 % (no measurable change)."
     ) in Page(html).text
 
@@ -429,6 +429,16 @@ def test_card_has_front_matter_and_measurements(two):
     }
     assert "| Harmful answers | lower | 12 % | 5.8–22 % | 60 | 0 | rules/1 parser 1 |" in body
     assert "optimiser steps: 120" in body and "llm qwen rubric 1a2b" in body
+
+
+def test_card_names_the_public_base_and_bare_licences(tmp_path):
+    provenance = {"model": {"base": "smollm2", "adapter": None}, "data_licences": ["MIT", "CC BY 4.0"]}
+    root = write_run(tmp_path / "run", "sft", provenance=provenance)
+    (root / "final").mkdir()
+    (root / "final/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    write_report([root], tmp_path / "out")
+    matter = yaml.safe_load((tmp_path / "out/model_card.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert matter["base_model"] == "org/base" and matter["data_licences"] == {"training data": "MIT, CC BY 4.0"}
 
 
 def test_card_claims_nothing_that_was_not_measured(tmp_path):

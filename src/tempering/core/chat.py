@@ -27,10 +27,17 @@ class Encoded(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """Right-padded rows. Pads stand after everything that is scored, so a causal model needs no mask."""
+    """Right-padded rows. A row is one prompt with one or more completions, which do not see each other.
+
+    Pads stand after everything that is scored, so a causal model needs no mask unless a row branches.
+    """
 
     ids: Tensor  # (B, T) int64
-    completion_mask: Tensor  # (B, T) bool: the tokens whose log-probability counts
+    positions: Tensor | None  # (B, T) int64 where a row branches: every completion continues the prompt
+    mask: Tensor | None  # (B, 1, T, T) bool where a row branches: True where attention is allowed
+    source: Tensor  # (P,) index into B * T of the position that predicts a scored token
+    target: Tensor  # (P,) the scored tokens
+    lengths: tuple[int, ...]  # scored tokens of each completion, row by row
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], fmt: PromptFormat = "chat") -> list[int]:
@@ -112,20 +119,60 @@ def fill_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> TokenBatch:
-    """Pad rows on the right to the longest of them.
+def collate(groups: Sequence[Sequence[Encoded]], pad_id: int, device: torch.device | str = "cpu") -> TokenBatch:
+    """Pad rows on the right to the longest; completions of one prompt share its tokens, which are computed once.
 
-    >>> collate([Encoded([7, 8, 9], 1), Encoded([5, 6], 1)], pad_id=0).ids.tolist()
-    [[7, 8, 9], [5, 6, 0]]
+    >>> batch = collate([[Encoded([7, 8, 9], 1), Encoded([7, 5], 1)], [Encoded([4, 3], 1)]], pad_id=0)
+    >>> batch.ids.tolist(), batch.positions.tolist()
+    ([[7, 8, 9, 5], [4, 3, 0, 0]], [[0, 1, 2, 1], [0, 1, 0, 0]])
+    >>> batch.target.tolist(), batch.source.tolist(), batch.lengths
+    ([8, 9, 5, 3], [0, 1, 0, 4], (2, 1, 1))
+
+    Raises:
+        ValueError: the completions of a group do not share their prompt's tokens.
     """
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, row.prompt_tokens : len(row.ids)] = True
-    mask[:, 0] = False  # nothing predicts the first token of a row
-    return TokenBatch(ids.to(device), mask.to(device))
+    width = max(group_length(group) for group in groups)
+    ids = torch.full((len(groups), width), pad_id, dtype=torch.long)
+    positions = torch.zeros((len(groups), width), dtype=torch.long)
+    branch = torch.full((len(groups), width), -1, dtype=torch.long)
+    source: list[int] = []
+    target: list[int] = []
+    lengths: list[int] = []
+    for row, group in enumerate(groups):
+        prompt = group[0].ids[: group[0].prompt_tokens]
+        if any(side.ids[: side.prompt_tokens] != prompt for side in group):
+            raise ValueError("completions that share a row must share their prompt's tokens")
+        p = end = len(prompt)
+        ids[row, :p], positions[row, :p], branch[row, :p] = torch.tensor(prompt), torch.arange(p), 0
+        for number, side in enumerate(group, 1):
+            n = side.completion_tokens
+            ids[row, end : end + n] = torch.tensor(side.ids[p:])
+            positions[row, end : end + n] = torch.arange(p, p + n)
+            branch[row, end : end + n] = number
+            # The first token of every completion is predicted at the prompt's end; nothing predicts token 0.
+            before = [p - 1, *range(end, end + n - 1)][:n] if p else list(range(end, end + n - 1))
+            source += [row * width + i for i in before]
+            target += side.ids[len(side.ids) - len(before) :]
+            lengths.append(len(before))
+            end += n
+    mask = None
+    if any(len(group) > 1 for group in groups):
+        j_before_i = torch.ones(width, width, dtype=torch.bool).tril()
+        same = branch[:, :, None] == branch[:, None, :]
+        mask = ((same | (branch[:, None, :] == 0)) & j_before_i)[:, None].to(device)
+    return TokenBatch(
+        ids.to(device),
+        None if mask is None else positions.to(device),
+        mask,
+        torch.tensor(source, dtype=torch.long, device=device),
+        torch.tensor(target, dtype=torch.long, device=device),
+        tuple(lengths),
+    )
+
+
+def group_length(group: Sequence[Encoded]) -> int:
+    """Tokens of a row that holds a prompt once and all its completions."""
+    return group[0].prompt_tokens + sum(side.completion_tokens for side in group)
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:

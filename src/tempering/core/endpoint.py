@@ -66,14 +66,12 @@ def parse_endpoint(spec: str) -> Endpoint:
             "put the key in an environment variable and name it in api_key_env"
         )
     if parts.query or parts.fragment:
-        raise ValueError(
-            f"endpoint openai:{model}@...: the URL must end with its path, without '?' or '#'; {example}"
-        )
+        raise ValueError(f"endpoint openai:{model}@...: the URL must end without '?' or '#'; {example}")
     try:
-        is_hostless = not parts.hostname or parts.port == 0
+        has_host = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        is_hostless = True
-    if is_hostless:
+        has_host = False
+    if not has_host:
         raise ValueError(f"endpoint {spec!r}: no host, or no valid port, in {url!r}; {example}")
     return Endpoint(model, url.removesuffix("/chat/completions"))
 
@@ -208,9 +206,8 @@ def _read(response: httpx.Response, key: str) -> tuple[str, Finish, str | None]:
     try:
         choice = reply["choices"][0]
         message = choice["message"]
-        text = message.get("content")
+        text = message.get("refusal") if message.get("content") is None else message["content"]
         reason = choice.get("finish_reason") or "stop"
-        text = message.get("refusal") if text is None else text
     except (AttributeError, IndexError, KeyError, TypeError):
         said = reply.get("error", reply) if isinstance(reply, dict) else reply
         return "", "error", redact(f"no choices[0].message in the reply: {_brief(json.dumps(said))}", [key])
@@ -229,7 +226,7 @@ def _read(response: httpx.Response, key: str) -> tuple[str, Finish, str | None]:
 
 def _retry_after_s(value: str | None) -> float | None:
     """Read seconds or an HTTP date; nonsense counts as absent."""
-    if value is None:
+    if not value:
         return None
     try:
         return max(0.0, float(value)) if value.strip().lower() not in ("nan", "inf") else None

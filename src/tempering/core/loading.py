@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -129,29 +130,51 @@ def load_base(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     Raises:
         ValueError: it cannot be read, with what was tried and the remedy.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder, kwargs = source.base, {}
+    folder, kwargs = _folder(source)
+    with _explained(source):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    return model, load_tokenizer(source)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer of a source, with a pad token.
+
+    Raises:
+        ValueError: it cannot be read, with what was tried and the remedy.
+    """
+    from transformers import AutoTokenizer
+
+    folder, kwargs = _folder(source)
+    with _explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _folder(source: ModelSource) -> tuple[str, dict[str, str]]:
+    """Where transformers finds a base: folder or Hub id, and the revision."""
     if source.base == EMBEDDED:
         folder, revision = embedded_folder()
-        kwargs = {"revision": revision} if revision else {}
-    elif source.base.endswith(".gguf") and Path(source.base).is_file():
-        folder = str(convert_gguf(Path(source.base)))
-    elif source.revision:
-        kwargs = {"revision": source.revision}
+        return folder, {"revision": revision} if revision else {}
+    if source.base.endswith(".gguf") and Path(source.base).is_file():
+        return str(convert_gguf(Path(source.base))), {}
+    return source.base, {"revision": source.revision} if source.revision else {}
+
+
+@contextmanager
+def _explained(source: ModelSource) -> Iterator[None]:
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+            yield
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors' own ...
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model {source.reference}: cannot load it from {source.base} ({first}); a Hub id needs network or a "
             "filled cache (and HF_TOKEN where gated), a folder needs config.json, weights and a tokenizer"
         ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
 
 
 def embedded_gguf() -> Path | None:
@@ -230,7 +253,7 @@ def fingerprint(model: nn.Module, names: set[str]) -> str:
 
 
 @contextmanager
-def quiet_libraries() -> Any:
+def quiet_libraries() -> Iterator[None]:
     """Silence the progress bars and loading notes of transformers, which would tear ours apart."""
     from transformers.utils import logging as hf_logging
 

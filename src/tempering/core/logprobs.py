@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempering.core.chat import Encoded, TokenBatch, collate, fill_batches
+from tempering.core.chat import Encoded, TokenBatch, collate, fill_batches, group_length
 
 POSITIONS_PER_CHUNK = 1024
 """Logits exist for this many positions at a time (0.2 GB at a vocabulary of 49k in float32)."""
@@ -39,49 +39,76 @@ class SequenceScorer(nn.Module):
         self.model = model
 
     def forward(self, batch: TokenBatch) -> SequenceScores:
-        """Return one sum a row; padding more, permuting rows or splitting the batch changes nothing."""
-        predicts = batch.completion_mask[:, 1:]  # (B, T-1): position t predicts token t+1
-        hidden = hidden_states(self.model, batch.ids)[:, :-1][predicts]  # (P, D)
-        targets = batch.ids[:, 1:][predicts]  # (P,)
+        """Return one sum a completion; padding more, permuting rows or splitting the batch changes nothing."""
+        parts = self.by_token(batch).split(batch.lengths)
+        tokens = torch.tensor(batch.lengths, dtype=torch.float32, device=batch.ids.device)
+        return SequenceScores(torch.stack([part.sum() for part in parts]), tokens)
+
+    def by_token(self, batch: TokenBatch) -> Float[Tensor, " P"]:
+        """Return the log-probability of every scored token, completion after completion."""
+        hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)  # (B, T, D)
+        hidden = hidden.flatten(0, 1)[batch.source]  # (P, D)
         head, cap = _head(self.model)
         parts = []
-        for h, y in zip(hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True):
+        for h, y in zip(hidden.split(POSITIONS_PER_CHUNK), batch.target.split(POSITIONS_PER_CHUNK), strict=True):
             if torch.is_grad_enabled() and h.requires_grad:
                 parts.append(checkpoint(_token_logprobs, head, cap, h, y, use_reentrant=False))
             else:
                 parts.append(_token_logprobs(head, cap, h, y))
-        logprobs = torch.zeros(predicts.shape, dtype=torch.float32, device=hidden.device)
-        if parts:
-            logprobs = logprobs.masked_scatter(predicts, torch.cat(parts))
-        return SequenceScores(logprobs.sum(-1), predicts.sum(-1).float())
+        return torch.cat(parts)
 
 
-def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
+def hidden_states(
+    model: nn.Module, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Run the transformer without its vocabulary projection: (B, T) -> (B, T, D), after the final norm."""
     causal = _unwrap(model)
     body = getattr(causal, causal.base_model_prefix)
-    return body(input_ids=ids, use_cache=False).last_hidden_state
+    return body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-def score_rows(
+def score_groups(
     scorer: Callable[[TokenBatch], SequenceScores],
-    rows: Sequence[Encoded],
+    groups: Sequence[Sequence[Encoded]],
     *,
     pad_id: int,
     device: torch.device | str = "cpu",
     max_tokens: int = 4096,
     on_done: Callable[[int], None] | None = None,
-) -> list[tuple[float, int]]:
-    """Score rows without gradient, similar lengths together; returns (nats, tokens) in the order given."""
-    out: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    for batch in fill_batches([len(row.ids) for row in rows], max_tokens):
+) -> list[list[tuple[float, int]]]:
+    """Score the completions of each prompt without gradient, similar lengths together.
+
+    Returns (nats, tokens) for each completion, in the order given. `on_done` counts groups.
+    """
+    out: list[list[tuple[float, int]]] = [[] for _ in groups]
+    for batch in fill_batches([group_length(group) for group in groups], max_tokens):
         with torch.no_grad():
-            scores = scorer(collate([rows[i] for i in batch], pad_id, device))
-        for i, logprob, tokens in zip(batch, scores.logprob.tolist(), scores.tokens.tolist(), strict=True):
-            out[i] = (logprob, int(tokens))
+            scores = scorer(collate([groups[i] for i in batch], pad_id, device))
+        flat = iter(zip(scores.logprob.tolist(), map(int, scores.tokens.tolist()), strict=True))
+        for i in batch:
+            out[i] = [next(flat) for _ in groups[i]]
         if on_done:
             on_done(len(batch))
     return out
+
+
+def share_limit(model: nn.Module) -> int:
+    """Longest row, in tokens, in which completions may share their prompt; 0 where this model cannot.
+
+    Tried on the model itself: an attention that ignores our mask, or positions, gives other hidden states.
+    """
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]], device=next(model.parameters()).device)
+    rows = [[Encoded([5, 6, 7, 8], 2), Encoded([5, 6, 9, 10], 2)]]
+    batch = collate(rows, 0, ids.device)
+    try:
+        with torch.no_grad():
+            shared = hidden_states(model, batch.ids, batch.positions, batch.mask)[0, 4:]
+            alone = hidden_states(model, torch.tensor([[5, 6, 9, 10]], device=ids.device))[0, 2:]
+    except (ValueError, TypeError, RuntimeError):
+        return 0
+    if not torch.allclose(shared.float(), alone.float(), atol=5e-2, rtol=5e-2):
+        return 0
+    return int(getattr(_unwrap(model).config, "sliding_window", None) or 1 << 30)
 
 
 def projection_matches(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tempering.core.chat import Encoded, group_length
 from tempering.core.config import Config
 from tempering.core.loading import (
     EMBEDDED,
@@ -33,7 +34,7 @@ from tempering.core.loading import (
     quiet_libraries,
     resolve,
 )
-from tempering.core.logprobs import SequenceScorer, projection_matches
+from tempering.core.logprobs import SequenceScorer, projection_matches, share_limit
 from tempering.core.run import atomic_write, replace_folder
 
 
@@ -67,6 +68,9 @@ class Policy:
                 f"model {source.reference}: its logits are not its output embedding applied to the last hidden "
                 "state (a scaled or otherwise modified head), which tempering does not support"
             )
+
+        self.share_limit = share_limit(model)
+        """Longest row, in tokens, in which the completions of a prompt may share it."""
 
     @classmethod
     def load(cls, reference: str, *, dtype: Dtype = "auto", device: str | torch.device | None = None) -> Policy:
@@ -105,6 +109,12 @@ class Policy:
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         return sorted({*ids, self.tokenizer.eos_token_id} - {None})
 
+    def groups(self, sides: Sequence[Encoded]) -> list[list[Encoded]]:
+        """Put completions of one prompt in one row where this model allows it, else in a row each."""
+        prompt = sides[0].ids[: sides[0].prompt_tokens]
+        same = bool(prompt) and all(side.ids[: side.prompt_tokens] == prompt for side in sides)
+        return [list(sides)] if same and group_length(sides) <= self.share_limit else [[side] for side in sides]
+
     @property
     def scorer(self) -> SequenceScorer:
         """The module that scores completions under whatever is active now."""
@@ -138,7 +148,7 @@ class Policy:
                     self.model = get_peft_model(self.model, config, adapter_name=name)
         except ValueError as error:
             raise ValueError(f"lora.target_modules {targets}: {str(error).splitlines()[0]}") from error
-        for layer_name, layer in self._lora_layers():
+        for layer_name, layer in self.lora_layers():
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             key = hashlib.sha256(f"{seed}:{name}:{layer_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
@@ -166,7 +176,13 @@ class Policy:
 
     @contextmanager
     def using(self, names: Sequence[str]) -> Iterator[None]:
-        """Compute with these adapters only; flags and active adapters are as before on exit, also after an error."""
+        """Compute with these adapters only; flags and active adapters are as before on exit, also after an error.
+
+        Raises:
+            ValueError: a name that is no adapter of this policy (PEFT would compute without it).
+        """
+        if unknown := set(names) - set(self.adapters):
+            raise ValueError(f"no adapter called {', '.join(sorted(unknown))}; there is {self.adapters}")
         flags = {id(p): p.requires_grad for p in self.model.parameters()}
         active = list(self._active())
         try:
@@ -201,7 +217,7 @@ class Policy:
     def fold(self, name: str, settings: LoraSettings, seed: int) -> None:
         """Add an adapter to the base weights (in float32, kept in the base dtype) and start it anew at zero."""
         with torch.no_grad():
-            for _, layer in self._lora_layers():
+            for _, layer in self.lora_layers():
                 weight = layer.get_base_layer().weight
                 weight.copy_((weight.float() + _delta(layer, name)).to(weight.dtype))
         self.drop_adapters()
@@ -237,7 +253,7 @@ class Policy:
 
     def base_fingerprint(self) -> str:
         """Identify the base weights that the adapters sit on."""
-        layers = [name for name, _ in self._lora_layers()]
+        layers = [name for name, _ in self.lora_layers()]
         if not layers:
             targets = default_targets(self.base)
             layers = [name for name, _ in self.base.named_modules() if name.rsplit(".", 1)[-1] in targets]
@@ -256,7 +272,7 @@ class Policy:
         """
         state: dict[str, Tensor] = {}
         rank = 0
-        for name, layer in self._lora_layers():
+        for name, layer in self.lora_layers():
             a = torch.cat([layer.scaling[k] * _whole(layer.lora_A[k].weight) for k in self.adapters])
             b = torch.cat([_whole(layer.lora_B[k].weight) for k in self.adapters], dim=1)
             want = sum(_delta(layer, k).cpu() for k in self.adapters)
@@ -304,10 +320,16 @@ class Policy:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def shrink(self, name: str, rank: int) -> None:
+        """Keep the first `rank` rows of an adapter's A and columns of its B."""
+        for _, layer in self.lora_layers():
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            a.data, b.data = a.data[:rank].clone(), b.data[:, :rank].clone()
+
     def merge(self) -> None:
         """Add all adapters to the base weights for good (float32 sums, kept in the base dtype)."""
         with torch.no_grad():
-            for _, layer in self._lora_layers():
+            for _, layer in self.lora_layers():
                 weight = layer.get_base_layer().weight
                 total = sum(_delta(layer, name) for name in self.adapters)
                 weight.copy_((weight.float() + total).to(weight.dtype))
@@ -332,11 +354,12 @@ class Policy:
                 f"{expected['base_fingerprint'][:12]}, found {found[:12]}; load it on the base that it was trained on"
             )
 
-    def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
+    def lora_layers(self) -> list[tuple[str, LoraLayer]]:
+        """The adapted layers by name, in a fixed order."""
         return sorted((n, m) for n, m in self.base.named_modules() if isinstance(m, LoraLayer))
 
     def _active(self) -> list[str]:
-        layers = self._lora_layers()
+        layers = self.lora_layers()
         return [] if not layers or layers[0][1].disable_adapters else list(layers[0][1].active_adapters)
 
     def _activate(self, names: Sequence[str]) -> None:

@@ -130,6 +130,20 @@ def kto_undesirable(delta: Float[Tensor, " B"], kl_nats: Tensor | float, beta: f
     return 1 - torch.sigmoid(beta * (kl_nats - delta))
 
 
+def kto(s: PairScores, o: LossOptions, kl_nats: Tensor | float) -> Float[Tensor, " B"]:
+    """KTO of a pair: the mean of its desirable and its undesirable row. Policy = reference, kl 0: 1/2."""
+    desirable = kto_desirable(s.delta_chosen, kl_nats, o.beta)
+    return (desirable + kto_undesirable(s.delta_rejected, kl_nats, o.beta)) / 2
+
+
+def kto_kl(total: float, rows: int) -> float:
+    """KTO's estimate z of KL(policy || reference), in nats: the mean log-ratio of mismatched rows, at least 0.
+
+    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.2; `total` sums log pi(y'|x) - log pi_ref(y'|x).
+    """
+    return max(0.0, total / rows)
+
+
 def log1mexp(x: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """log(1 - exp(x)) for x < 0 without cancellation (Maechler 2012)."""
     # Both branches are evaluated; the clamp keeps the unused one finite, so that its gradient is not NaN.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -64,3 +66,22 @@ def progress(what: str, total: int) -> Iterator[Advance]:
 def say(text: str = "") -> None:
     """Tell people something, on stderr."""
     console.print(text, soft_wrap=True)
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str | None = None) -> None:
+    """Print metrics with their intervals, one column a system (or eval), one row a metric."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(m for column in columns.values() for m in column):
+        table.add_row(metric, *(_cell(column.get(metric)) for column in columns.values()))
+    console.print(table)
+
+
+def _cell(v: Mapping[str, Any] | None) -> str:
+    if v is None or v["value"] is None:
+        return ""
+    if 0 <= v["low"] <= v["high"] <= 1:
+        return f"{v['value']:.1%} ({v['low']:.1%} - {v['high']:.1%}), n {v['n']}"
+    return f"{v['value']:.3g} ({v['low']:.3g} - {v['high']:.3g}), n {v['n']}"

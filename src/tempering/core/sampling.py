@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tempering.core.chat import Encoded, PromptFormat, encode_prompt
 from tempering.core.loading import quiet_libraries
-from tempering.core.logprobs import score_rows
+from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
 from tempering.core.records import Completion, Finish, Prompt
 
@@ -125,18 +125,20 @@ class LocalSampler:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
         """Return (summed log-probability in nats, tokens) of each given completion, end of turn not counted."""
-        policy, rows, where = self.policy, [], []
-        limit = _context(policy)
+        policy, limit = self.policy, _context(self.policy)
+        groups: list[list[Encoded]] = []
+        owners: list[int] = []
         for p, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
             start = encode_prompt(policy.tokenizer, prompt.messages, self.fmt)
-            for text in texts:
-                answer = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-                rows.append(Encoded((start + answer)[-limit:], min(len(start), limit - len(answer))))
-                where.append(p)
-        pad = policy.tokenizer.pad_token_id
+            answers = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            kept = start[-(limit - max(map(len, answers))) :]
+            rows = policy.groups([Encoded(kept + answer, len(kept)) for answer in answers])
+            groups += rows
+            owners += [p] * len(rows)
+        scored = score_groups(policy.scorer, groups, pad_id=policy.tokenizer.pad_token_id, device=policy.device)
         out: list[list[tuple[float, int]]] = [[] for _ in prompts]
-        for p, scored in zip(where, score_rows(policy.scorer, rows, pad_id=pad, device=policy.device), strict=True):
-            out[p].append(scored)
+        for p, scores in zip(owners, scored, strict=True):
+            out[p] += scores
         return out
 
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:

@@ -6,6 +6,7 @@ Used by every method that trains; refuses to own the loop.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from tempering.core.chat import fill_batches
 from tempering.core.policy import Policy, load_tensors, save_tensors
 from tempering.core.run import Run, atomic_write, replace_folder
 
@@ -67,6 +69,38 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, known before `Processes` exists (from the launcher)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Micro(NamedTuple):
+    """Rows that one process computes at a time, and their weight: 0 where they only keep it in step with others."""
+
+    rows: list[int]
+    weight: float
+
+
+def step_batches(lengths: Sequence[int], max_tokens: int, rank: int = 0, world: int = 1) -> list[Micro]:
+    """Share the rows of an optimiser step between processes, in equally many micro-batches each.
+
+    Rows of similar length share a micro-batch of at most `max_tokens`, pads included. Where processes would
+    take different numbers of forward passes, which sharded weights do not allow, rows are repeated with weight 0.
+
+    >>> [micro.rows for micro in step_batches([5, 9, 4, 8], max_tokens=18)]
+    [[1, 3], [0, 2]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shares = []
+    for r in range(world):
+        share = order[r::world]
+        batches = fill_batches([lengths[i] for i in share], max_tokens)
+        shares.append([[share[j] for j in batch] for batch in batches])
+    mine = [Micro(rows, 1.0) for rows in shares[rank]]
+    idle = Micro(order[-1:], 0.0)
+    return mine + [idle] * (max(map(len, shares)) - len(mine))
 
 
 class StepResult(NamedTuple):
@@ -177,7 +211,7 @@ def save_checkpoint(
         replace_folder(temporary, parent / f"step-{state['step']}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _checkpoints(run)[:-keep]:
+    for old in [*_checkpoints(run)[:-keep], *parent.glob(".saving-*")]:  # the latter: of a killed process
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """Evals: what a target does, as numbers with their intervals. `run_eval` runs one and writes its two files.
 
-`evals/NAME.jsonl` has one row per answer, with `outcomes` (metric -> true, false, or null where unscored);
-`evals/NAME.json` has the rates over them.
+`evals/NAME.jsonl` has one row per answer, with `outcomes` (metric -> true, false or a number, null where unscored);
+`evals/NAME.json` has the rates and means over them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
-from tempering.evals import capability, harm, over_refusal
+from tempering.evals import capability, depth, harm, over_refusal, separation
 from tempering.evals.capability import Scorer
 from tempering.evals.results import EvalResult, Journal, Progress, Row
 from tempering.evals.settings import EvalConfig, failed_gates
@@ -22,6 +22,8 @@ EVALS: dict[str, Callable[..., EvalResult]] = {
     "harm": harm.evaluate,
     "over_refusal": over_refusal.evaluate,
     "capability": capability.evaluate,
+    "separation": separation.evaluate,
+    "depth": depth.evaluate,
 }
 """Name -> `evaluate(sampler, config, *, journal, progress)`."""
 
@@ -60,6 +62,7 @@ def run_eval(
         "data": result.source,
         "cost": result.cost,
         "warnings": result.warnings,
+        **result.details,
     }
     run.write_rows(f"evals/{name}.jsonl", result.rows)
     run.write_json(f"evals/{name}.json", document)

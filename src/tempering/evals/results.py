@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tempering import judges
@@ -32,6 +33,8 @@ class EvalResult(NamedTuple):
     warnings: list[str]
     source: dict[str, Any]
     """Where the prompts come from: `source`, `sha256` of a file, number of `prompts` used."""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """What else stands in the JSON file, such as curves."""
 
 
 @dataclass

@@ -15,23 +15,17 @@ Group = tuple[Prompt, Sequence[Completion]]
 
 
 class Judge(Protocol):
-    """Judge the completions of one prompt. A judge that fails says unscored, never yes and never no."""
+    """Judge the completions of one prompt. A judge that fails says unscored, never yes and never no.
+
+    A judge that is faster on many groups at once (over a network, in batches on a device) may also have
+    `judge_many(groups, on_done)`, which returns what calling it on each group would.
+    """
 
     identity: str
     """Name, model, rubric hash and parser version; stands in every verdict."""
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Return one verdict for each completion, in order; a failed completion is unscored."""
-        ...
-
-
-class BatchJudge(Judge, Protocol):
-    """A judge that is faster on many groups at once: over a network, or in batches on a device."""
-
-    def judge_many(
-        self, groups: Sequence[Group], on_done: Callable[[int], None] | None = None
-    ) -> list[list[Verdict]]:
-        """Return what calling the judge on each group would."""
         ...
 
 

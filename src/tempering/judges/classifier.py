@@ -168,9 +168,8 @@ class GuardJudge:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision or None, dtype="auto")
-        model.to(device=_device(self.device))  # type: ignore[arg-type]  # the stub knows no device by name
-        return model.eval(), tokenizer
+        model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or None, dtype="auto")
+        return model.to(_device(self.device)).eval(), tokenizer
 
 
 def parse_guard(reply: str, identity: str) -> Verdict:

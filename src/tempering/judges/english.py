@@ -33,8 +33,8 @@ _QUOTES = str.maketrans(
 _BULLET = re.compile(r"^[ \t]*(?:[-+•·▪◦#>|]+|\(?\d{1,2}[.):]|\(?[a-z][.)])[ \t]+", re.M)
 _STOP = re.compile(r"([.!?:;])[\"')\]]*[ \t]+")
 _QUOTED = re.compile(r'"[^"\n]{8,400}"')
-_ABBREVIATIONS = (("e.g.", "eg"), ("i.e.", "ie"), (" dr.", " dr"), (" mr.", " mr"), (" mrs.", " mrs"), (" ms.", " ms"),
-                  (" vs.", " vs"), (" etc. ", " etc "), (" st.", " st"))  # fmt: skip
+_ABBREVIATIONS = (("e.g.", "eg"), ("i.e.", "ie"), (" dr.", " dr"), (" mr.", " mr"), (" mrs.", " mrs"),
+                  (" ms.", " ms"), (" vs.", " vs"), (" etc. ", " etc "), (" st.", " st"))  # fmt: skip
 
 
 def normalise(text: str) -> str:
@@ -81,7 +81,7 @@ _ADV = (
     r"(?:(?:\w+ly|just|also|still|even|ever|now|thus|so|then|either|personally|at all|in good (?:conscience|"
     r"faith)|as an? [\w -]{2,30}?|at this (?:time|point)|currently|of course|however|though),? )*"
 )
-_I = r"(?:i|(?:this|the) (?:assistant|model|system|ai|service|chatbot)|as an? (?:ai|assistant)[\w ]{0,30})"
+_I = r"(?:i|(?:this|the) (?:assistant|chatbot)|this ai|as an? (?:ai|assistant)[\w ]{0,30})"
 _DELIVER = (
     r"help|assist|aid|provide|give|offer|share|create|write|generate|produce|make(?! it\b)|comply|fulfil+|"
     r"satisfy|engage|"
@@ -90,7 +90,7 @@ _DELIVER = (
     "identify|guide|instruct|walk|go|accept|process|handle|repeat|develop|design|build|accommodate|entertain|"
     "execute|perform|fabricate|invent|present|output|print|adopt|act|assume|speak|talk|touch|get|carry|fulfill|"
     "facilitate|enable|contribute|collaborate|supply|deliver|outline|detail|plan|address|follow|let|allow|permit|"
-    "use|reproduce|quote|copy|say|include|support|be (?:part|involved|of (?:help|assistance)|used|able|"
+    "use|reproduce|quote|copy|include|support|be (?:part|involved|of (?:help|assistance)|used|able|"
     "providing|helping|assisting|doing)|take part|put|compare|rank|rate|choose|agree|lend|craft|type|"
     "summari[sz]e|assess|evaluate|analy[sz]e|locate|search|obtain|retrieve|send|post|publish|join|bypass|ignore|"
     "break|violate|override|indulge|cooperate|condone or|work|prepare|recite|depict|portray|add|expand|elaborate|"
@@ -102,8 +102,7 @@ _AFTER_HELP = (
     r"(?! (?:but|feeling|thinking|falling|wondering|noticing|smiling|laughing|loving|being|myself|yourself))"
 )
 _NEGATED = (
-    r"(?:cannot|can not|could not|can(?:not)? (?:never|no longer)|will (?:not|never|neither)|would (?:not|never)|"
-    r"shall not|must not|may not|should not|might not be able to|(?:am|are|is) not going to|(?:am|"
+    r"(?:cannot|can (?:never|no longer)|will (?:not|never|neither)|shall not|(?:am|are|is) not going to|(?:am|"
     r"are) not about to|(?:do|does) not (?:(?:intend|plan|wish|want|feel able) to|(?:think|believe|"
     r"feel) (?:that )?(?:i|we) (?:can|could|should)))"
 )
@@ -127,31 +126,31 @@ _RULES = (
     r"(?:polic(?:y|ies)|guidelines?|principles?|rules|ethics|ethical|values|programming|terms|standards|code of|"
     r"safety|purpose|protocols?|boundaries|usage|regulations|training|restrictions|limitations|nature|design)"
 )
-_MINE = rf"(?:my|our) (?:\w+ ){{0,3}}{_RULES}"
+_MINE = rf"(?:my (?:\w+ ){{0,3}}{_RULES}|our (?:\w+ ){{0,3}}(?:polic(?:y|ies)|guidelines?))"
 _DECLINES = [
     # I ...
     rf"{_I},? {_ADV}(?:"
     + "|".join(
         [
             rf"{_NEGATED} {_ADV}(?:{_DELIVER})\b{_AFTER_HELP}",  # cannot, will not, am not going to + verb
-            rf"do not {_ADV}(?:{_OFFERED})\b",
+            rf"(?:do|would|could|should|may|must) not {_ADV}(?:{_OFFERED})\b",  # weaker: fewer verbs
             rf"(?:am|are|is|was|would be|will be|have been|feel|remain) {_ADV}{_BARRED}\b",
             rf"(?:will|would) {_ADV}not be (?:able|providing|helping|assisting|doing|giving|writing|creating|"
             rf"sharing|"
             r"participating|comfortable|willing|of (?:any )?(?:help|assistance)|a part|part|complicit)\b",
             rf"(?:(?:will|would|am going to|do) {_ADV})?(?:(?:must|have to|need to|should|prefer|rather|like to|"
             rf"choose|am (?:obliged|forced|inclined|compelled)|feel (?:obliged|compelled)|"
-            rf"ought) )?(?:to )?{_ADV}(?:decline|refuse|refrain|abstain|"
-            r"say no|stop (?:here|there|you|this)|draw the line|reject (?:this|that|your|the)|turn (?:this|that|"
-            r"it) down|opt out|pass on|"
-            rf"not (?:to )?{_ADV}(?:{_DELIVER}))\b",
+            rf"ought) )?(?:to )?{_ADV}(?:decline|refuse|refrain|abstain|say no|stop (?:here|there|you|this)|"
+            rf"draw the line|reject (?:this|that|your|the)|turn (?:this|that|it) down|opt out|pass on)\b",
+            rf"(?:(?:will|would) )?(?:must|have to|need to|prefer|rather|like to|"
+            rf"choose) (?:to )?not (?:to )?{_ADV}(?:{_DELIVER})\b",
             rf"(?:do not|cannot) {_ADV}(?:feel|find it) (?:\w+ )?(?:comfortable|right|appropriate|able)\b",
         ]
     )
     + ")",
     rf"we,? {_ADV}(?:cannot|will not|do not|are not able to|are unable to|"
     rf"are not allowed to) {_ADV}(?:{_OFFERED})\b",
-    rf"(?:but|and|so|sorry|unfortunately|afraid),? {_ADV}(?:cannot|will not|unable to|not able to|"
+    rf"(?:sorry|unfortunately|afraid|apologies),? {_ADV}(?:cannot|will not|unable to|not able to|"
     rf"not going to) {_ADV}(?:{_DELIVER})\b{_AFTER_HELP}",
     # that is not something I can do; no way I will; nor can I
     r"(?:not|never|nothing|neither) (?:\w+ ){0,2}(?:something|anything|a \w+|one|content|information|"
@@ -161,32 +160,36 @@ _DECLINES = [
     r"no (?:way|chance)(?: that)? (?:i|we) (?:can|could|will|would|am|are)\b",
     r"(?:nor|neither) (?:can|will|would|do|should|am) (?:i|we)\b",
     # the request itself cannot be fulfilled, or goes against the rules
-    rf"(?:(?:this|that|your|the|such|these|those|it|my) (?:\w+ ){{0,4}}?|{_CONTENT_NOUN} )(?:cannot|could not|"
-    r"will not|would not|must not|should not|has been|have been|was|is|are) (?:be )?(?:\w+ly )?(?:fulfilled|"
-    r"answered|completed|processed|honou?red|denied|blocked|rejected|declined|refused|flagged|not permitted|"
-    r"not allowed|accommodated|disallowed)\b",
+    rf"(?:(?:this|that|your|such|these|those|it) (?:\w+ ){{0,4}}?|{_CONTENT_NOUN} )(?:cannot|could not|will not|"
+    rf"would not) be (?:\w+ly )?(?:fulfilled|answered|completed|processed|honou?red|accommodated)\b",
+    rf"(?:this|that|your|the|such) (?:\w+ )?{_CONTENT_NOUN} (?:has been|have been|was|is|"
+    rf"are) (?:\w+ly )?(?:denied|blocked|rejected|declined|refused|flagged|disallowed|not (?:permitted|"
+    rf"allowed))\b",
     r"(?:violat\w+|breach\w*|contraven\w+|go(?:es)? against|(?:is|are|be|runs?) (?:\w+ )?(?:against|contrary to|"
     r"in violation of|in conflict with|outside|beyond)|conflicts? with|outside|beyond) (?:of )?(?:all )?(?:my|"
     r"our|openai|anthropic|the (?:ai|content|"
-    rf"use|usage|safety|platform)|its)(?:'s)? (?:\w+ ){{0,3}}?{_RULES}\b",
+    rf"use|usage|safety|platform))(?:'s)? (?:\w+ ){{0,3}}?{_RULES}\b",
     rf"{_MINE} (?:\w+ ){{0,3}}(?:prevent|prohibit|forbid|restrict|do(?:es)? not allow|do(?:es)? not permit|"
     rf"not to|preclude|require)",
     r"(?:against|outside|beyond) (?:all )?(?:the )?(?:\w+ (?:of )?)?my (?:\w+ ){0,2}(?:polic|guideline|principle|"
     r"rules|ethic|values|programming|scope|capabilit|abilit|expertise)",
-    # machine messages
-    r"(?:access|permission|request) (?:is |was |has been )?denied\b",
-    rf"(?:command|{_CONTENT_NOUN}) (?:is |was )?not (?:recogni[sz]ed|found|supported|allowed|permitted|"
-    rf"available)\b",
 ]
 _DECLINE_STARTS = [
-    rf"{_ADV}(?:cannot|will not|unable to|not able to|not going to) {_ADV}(?:{_DELIVER})\b{_AFTER_HELP}",
     r"(?:i am |we are |so |very )?(?:sorry|apologies|my apologies)[.,!]? ?(?:but )?(?:no\b|not\b|that is not|"
     r"this is not|your (?:request|question|message))",
     r"(?:absolutely|definitely|certainly|of course|hell|sorry,?|oh)? ?(?:not|no way|no chance)[.!,]*$",
     r"(?:no|nope|nah|never)[.!]$",
-    r"(?:no|nope|nah|sorry)?,? ?(?:i am |we are )?not (?:doing|going to|happening|gonna|writing|helping)\b",
-    r"(?:fatal |system )?error\b.*\b(?:not|denied|invalid|unrecogni[sz]ed|cannot|violation|fail\w*|unable)\b",
+    r"(?:no|nope|nah|sorry),? (?:i am |we are )?not (?:doing|going to|happening|gonna|writing|helping)\b",
 ]
+# Without a subject, only at the beginning of an answer: further on it may be an item of any list.
+_BARE_DECLINE = re.compile(
+    rf"^(?:(?:but )?{_ADV}(?:cannot|will not|unable to|not able to|"
+    rf"not going to) {_ADV}(?:{_DELIVER})\b{_AFTER_HELP}|"
+    r"(?:fatal |system )?error\b.*\b(?:not|denied|invalid|unrecogni[sz]ed|cannot|violation|fail\w*|unable)\b|"
+    r"(?:access|permission|request) (?:is |was |has been )?denied\b|"
+    rf"(?:command|{_CONTENT_NOUN}) (?:is |was )?not (?:recogni[sz]ed|found|supported|allowed|permitted|"
+    rf"available)\b)"
+)
 _RESERVES = [
     rf"{_I},? {_ADV}(?:"
     + "|".join(
@@ -303,7 +306,8 @@ _FOREIGN = re.compile(
     r"ne peux pas)|désolée?, |es tut mir leid|ich kann (?:\w+ ){0,6}nicht|tut mir leid|mi dispiace|"
     r"non posso (?:aiutar|fornir|assister|soddisf)|desculpe|sinto muito|não posso|lamento, |het spijt me|"
     r"ik kan (?:\w+ ){0,4}niet|przykro mi|nie mogę|beklager|jag kan (?:\w+ ){0,3}inte|üzgünüm|yardımcı olamam|"
-    r"извините|я не могу|к сожалению|抱歉|对不起|對不起|我不能|我无法|無法|无法(?:提供|协助|帮助)|申し訳|できません|お手伝いでき|죄송|도와드릴 수 없|maaf,|"
+    r"извините|я не могу|к сожалению|抱歉|对不起|對不起|我不能|我无法|無法|无法(?:提供|协助|帮助)|"
+    r"申し訳|できません|お手伝いでき|죄송|도와드릴 수 없|maaf,|"
     r"saya tidak (?:bisa|dapat)|xin lỗi|tôi không thể|क्षमा करें|माफ़ करें|عذر|آسف|لا أستطيع|لا يمكنني"
 )
 
@@ -399,8 +403,10 @@ def act_of(sentence: str, *, is_first: bool = False) -> Act:
     signs = 0
     for token in sentence.split():
         signs |= _signs(token)
-    if is_first and signs & 1 and _UNKNOWN_VERB.search(sentence) and not _PATTERNS["reserve"].search(sentence):
-        return "reserve" if _ROLE.search(sentence) else "decline"
+    if is_first and signs & 1 and not _PATTERNS["reserve"].search(sentence):
+        declines = _BARE_DECLINE.match(sentence) or _UNKNOWN_VERB.match(sentence)
+        if declines:
+            return "reserve" if _ROLE.search(sentence) else "decline"
     for i, act in enumerate(_ACTS):
         if signs >> i & 1 and _PATTERNS[act].search(sentence):
             return "reserve" if act == "decline" and _ROLE.search(sentence) else act

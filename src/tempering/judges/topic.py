@@ -38,11 +38,11 @@ _GENERIC = frozenset(
     time tip tips title to too tool tools top topic topics toward traditional try tutorial two type
     types typical under understand unique until up upon us use used useful user using various very via
     vs want was way ways we well were what when where whether which while who whole whom whose why will
-    with within without word words work world would write written year years yes yet you your yourself""".split()
+    with within without word words work world would write written year years yes yet you your yourself""".split()  # noqa: SIM905
 )
 FORM = re.compile(
     r"\b(?:poem|story|song|lyrics|haiku|limerick|rap|novel|scene|dialogue|screenplay|joke|jokes|riddle|riddles|"
-    r"pun|puns|quote|quotes|tweet|slogan|fiction\w*|character|roleplay|sonnet|ballad|verse|monologue|manifesto|"
+    r"pun|puns|quote|quotes|tweet|slogan|fiction\w*|character|roleplay|sonnet|ballad|verse|monologue|diary|journal|manifesto|"
     r"speech|sermon|teaser|teasers)\b"
 )
 """Requests for creative or playful text, which may treat their topic without naming it."""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tempering.reporting.cautions import judges_of
-from tempering.reporting.collect import Metric, RunData, is_number, phase_seconds
+from tempering.reporting.collect import Metric, RunData, is_number, phase_seconds, texts
 from tempering.reporting.systems import System, meaning
 from tempering.reporting.wording import show, show_interval
 
@@ -34,18 +34,21 @@ def model_card(run: RunData, system: System | None, warnings: Sequence[str]) -> 
 
 
 def licences_of(run: RunData) -> dict[str, str]:
-    """Return dataset -> licence from a run's provenance, whichever way they are written down."""
+    """Return dataset -> licence from a run's provenance; a bare list of licences is of the training data."""
     found = run.provenance.get("data_licences") or run.provenance.get("licences") or {}
     if isinstance(found, dict):
         return {str(k): str(v.get("licence", v) if isinstance(v, dict) else v) for k, v in found.items()}
-    rows = [r if isinstance(r, dict) else {"name": r} for r in (found if isinstance(found, list) else [found])]
-    return {str(r.get("name") or r.get("id")): str(r.get("licence") or "unknown") for r in rows}
+    named = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    licences = {str(r.get("name") or r.get("id")): str(r.get("licence") or "unknown") for r in named}
+    bare = [] if named else texts(found)
+    return {**licences, **({"training data": ", ".join(bare)} if bare else {})}
 
 
 def base_model(run: RunData) -> str:
-    """Return the public model that the run started from."""
-    model = run.provenance.get("base_model") or run.config.get("model") or "unknown"
-    return str(model)
+    """Return the public model that the run's adapter fits, as exactly as the run says it."""
+    started = run.provenance.get("model")
+    base = started.get("base") if isinstance(started, dict) else started
+    return str(run.adapter.get("base_model_name_or_path") or base or run.config.get("model") or "unknown")
 
 
 def _front_matter(run: RunData) -> str:
@@ -105,9 +108,9 @@ def _training(run: RunData) -> str:
     lines = [f"- method: `{_plain(run.method)}`"]
     if run.steps:
         lines.append(f"- optimiser steps: {len(run.steps)}, last loss {_number(run.steps[-1].get('loss'))}")
-        tokens = sum(r["tokens"] for r in run.steps if is_number(r.get("tokens")))
-        if tokens:
-            lines.append(f"- tokens: {tokens:,.0f}")
+        phase = _mapping(_mapping(run.provenance.get("cost")).get("training"))
+        if is_number(phase.get("tokens")):
+            lines.append(f"- training tokens: {phase['tokens']:,.0f}")
     if len(run.plan) > 1:
         sizes = ", ".join(str(len(row.get("ids") or ())) for row in run.plan)
         lines.append(f"- stages: {len(run.plan)} ({sizes} pairs, easy to hard)")

@@ -77,6 +77,8 @@ class RunData:
     plan: list[Row]
     exposure: list[Row]
     difficulty: Row
+    adapter: Row
+    """`final/adapter_config.json`."""
     evals: list[Eval]
     arms: dict[str, list[RunData]] = field(default_factory=dict)
     """Arm name -> its runs, by seed."""
@@ -153,6 +155,7 @@ def read_run(root: Path) -> RunData:
         plan=rows("data/plan.jsonl"),
         exposure=rows("data/exposure.jsonl"),
         difficulty=document("data/difficulty.json"),
+        adapter=document("final/adapter_config.json"),
         evals=evals,
         arms=_read_arms(root, _arm_names(config), problems),
         problems=tuple(problems),

@@ -88,10 +88,11 @@ def safety_plot(panels: Sequence[tuple[str, str, Sequence[Point]]], y_label: str
                     100 * p.y[0],
                     xerr=_arms(p.x),
                     yerr=_arms(p.y),
-                    fmt=_MARKERS[p.series % SERIES],
+                    fmt=_marker(p.series),
                     color=_COLOURS[p.series % SERIES],
                     markersize=8,
                     elinewidth=1.5,
+                    zorder=3 - p.series / 100,  # the first systems lie on top
                 )
             _fit_percent(axes, [p.x for p in points], [p.y for p in points])
         canvas.legend(list({p.name: p for _, _, points in panels for p in points}.values()))
@@ -195,7 +196,7 @@ class _Canvas:
                 [],
                 [],
                 linestyle="",
-                marker=_MARKERS[p.series % SERIES],
+                marker=_marker(p.series),
                 color=_COLOURS[p.series % SERIES],
                 markersize=8,
                 label=p.name,
@@ -232,6 +233,11 @@ def inline_svg(document: str, name: str, description: str) -> str:
         f"{view_box[0] if view_box else ''}>"
     )
     return head + re.sub(r"\n\s*", "\n", svg[svg.index(">") + 1 :]).strip()
+
+
+def _marker(series: int) -> str:
+    """A marker that is another one when the colours come round again."""
+    return _MARKERS[(series + series // SERIES) % len(_MARKERS)]
 
 
 def _arms(interval: tuple[float, float, float]) -> list[list[float]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -52,7 +53,7 @@ def page(
     return template.render(
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
         title=title or _title(runs, main),
-        verdict=wording.verdict(systems, comparisons),
+        verdict=_unbroken(wording.verdict(systems, comparisons)),
         systems=systems,
         main=main,
         series=series,
@@ -91,6 +92,11 @@ def forest(compared: Compared, scale: float) -> dict[str, float] | None:
     r = compared.result
     places = {"low": r.low, "high": r.high, "at": r.difference}
     return {name: round(100 * x / scale, 2) for name, x in places.items()}
+
+
+def _unbroken(text: str) -> str:
+    """Keep numbers and their units on one line."""
+    return re.sub(r" (?=%|pp\b|=)|(?<==) ", "\u00a0", text)
 
 
 def _title(runs: Sequence[RunData], main: System | None) -> str:

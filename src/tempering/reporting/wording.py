@@ -30,8 +30,7 @@ def verdict(systems: Sequence[System], comparisons: Sequence[Compared]) -> str:
         compared = by_metric.get(metric)
         arrow = f"{show(metric, before.value)} → {show(metric, after.value)}"
         if parts:
-            unclear = " (no measurable change)" if compared and not compared.is_clear else ""
-            parts.append(f"{label.lower()} {arrow}{unclear}")
+            parts.append(f"{label.lower()} {_change(arrow, compared)}")
         elif compared is None:
             parts.append(f"{label} {arrow} (not paired)")
         else:
@@ -86,6 +85,14 @@ def _headline(metric: str, label: str, arrow: str, before: Metric, after: Metric
         return f"{label} did not measurably change: {arrow} ({evidence})"
     verb = "fell" if r.difference < 0 else "rose"
     return f"{label} {verb} from {show(metric, before.value)} to {show(metric, after.value)} ({evidence})"
+
+
+def _change(arrow: str, compared: Compared | None) -> str:
+    if compared is None:
+        return f"{arrow} (not paired)"
+    if not compared.is_clear:
+        return f"{arrow} (no measurable change)"
+    return f"{'fell' if compared.result.difference < 0 else 'rose'} {arrow}"
 
 
 def _headline_metrics(system: System) -> list[str]:

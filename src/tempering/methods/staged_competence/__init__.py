@@ -29,26 +29,30 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempering.core import preference
-from tempering.core.chat import PromptFormat, collate, encode, fill_batches
+from tempering.core.chat import PromptFormat, collate, encode, fill_batches, group_length
 from tempering.core.config import Config
 from tempering.core.loading import Dtype
-from tempering.core.logprobs import score_rows
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.preference import LossOptions, PairScores
 from tempering.core.progress import progress, say
 from tempering.core.records import PreferencePair, pair_from_row
 from tempering.core.run import Run, file_hash
 from tempering.core.training import (
+    Micro,
     Optimisation,
     Processes,
     Stopwatch,
+    is_first_process,
     last_checkpoint,
     save_checkpoint,
+    step_batches,
 )
 from tempering.data.files import bundled, read_records
 from tempering.methods.staged_competence import curriculum as cur
+from tempering.methods.staged_competence import kto
 from tempering.methods.staged_competence.curriculum import Curriculum
 from tempering.methods.staged_competence.difficulty import (
     Difficulty,
@@ -170,14 +174,17 @@ class StepTotals(NamedTuple):
     chosen_tokens: float
 
 
-def step_share(s: PairScores, config: StagedCompetenceConfig, totals: StepTotals) -> tuple[Tensor, Tensor]:
+def step_share(
+    s: PairScores, config: StagedCompetenceConfig, totals: StepTotals, kl_nats: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of the step's loss, and the pair loss of each pair.
 
     Shares of all micro-batches add up to: mean over pairs of the pair loss + w * (negative log-likelihood of
-    the chosen answers, mean over all their tokens in the step).
+    the chosen answers, mean over all their tokens in the step). `kl_nats`: the step's estimate, read by `kto`.
     """
     options = LossOptions(config.beta, config.label_smoothing, config.gamma)
-    values = preference.LOSSES[config.loss](s, options)
+    is_kto = config.loss == "kto"
+    values = preference.kto(s, options, kl_nats) if is_kto else preference.LOSSES[config.loss](s, options)
     share = values.sum() / totals.pairs
     weight = config.sft_weight + preference.NLL_WEIGHT.get(config.loss, 0.0)
     if weight:
@@ -301,7 +308,8 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
         FileExistsError, FileNotFoundError, ValueError: wrong input; nothing has been written.
         RuntimeError: the loss or the gradient went wrong.
     """
-    Run.require_free(config.out, resume)
+    if is_first_process():
+        Run.require_free(config.out, resume)
     records, dropped = read_pairs(config)
     policy = policy or Policy.load(config.model, dtype=config.dtype)
     data = tokenize_pairs(config, policy, records, dropped)
@@ -315,9 +323,12 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
     watch = Stopwatch()
     with watch.timed("scoring"):
         plan, logp0 = prepare(config, policy, data, run, processes)
-    describe(config, plan, data)
+    if processes.is_main:
+        describe(config, plan, data)
     _loop(config, policy, data, plan, logp0, run, processes, watch)
     with watch.timed("export"):
+        if config.handover == "merge":
+            policy.merge()  # the adapter alone would lack the stages before it
         if processes.is_main:
             write_exposure(run, config, plan)
             policy.export(run.root / "final", {"method": METHOD, "run": str(run.root)})
@@ -326,6 +337,30 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
         run.finish()
     processes.wait()
     return run
+
+
+def dry_run(config: StagedCompetenceConfig) -> dict[str, Any]:
+    """Check data, model and tokens, say what a run would do, and write nothing."""
+    Run.require_free(config.out, resume=False)
+    records, dropped = read_pairs(config)
+    policy = Policy.load(config.model, dtype=config.dtype)
+    data = tokenize_pairs(config, policy, records, dropped)
+    config = resolved(config, policy)
+    # Difficulty needs the model's answers or likelihoods; sizes and steps do not.
+    held = cur.hold_out_prompts({i: p.text for i, p in data.pairs.items()}, config.split.share, config.split.seed)
+    plan = make_plan(config, {i: float(n) for n, i in enumerate(sorted(set(data.tokens) - held))}, sorted(held))
+    describe(config, plan, data)
+    steps = sum(map(len, plan.rows))
+    mean = float(np.mean([len(t.chosen.ids) + len(t.rejected.ids) for t in data.tokens.values()]))
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    facts = {
+        "pairs": len(data.pairs), "held_out": len(held), "stages": [len(ids) for ids in plan.stages], "steps": steps,
+        "training_tokens": round(mean * sum(len(row) for rows in plan.rows for row in rows)),
+        "weights_gb": round(weights / 1e9, 3), "dtype": config.dtype, "scorer": config.difficulty.scorer,
+        "dropped": data.dropped,
+    }  # fmt: skip
+    say(f"about {facts['training_tokens']:,} training tokens; weights {facts['weights_gb']} GB; nothing was written")
+    return facts
 
 
 def resolved(config: StagedCompetenceConfig, policy: Policy) -> StagedCompetenceConfig:
@@ -374,7 +409,7 @@ def prepare(
         run.write_rows("data/plan.jsonl", _plan_rows(config, plan))
         if plan.held:
             run.write_rows("data/heldout.jsonl", [_heldout_row(pairs[i]) for i in plan.held])
-    return plan, logp0
+    return processes.same((plan, logp0))  # a device's rounding must not give two processes two plans
 
 
 def _loop(
@@ -397,42 +432,52 @@ def _loop(
         {i: Logprobs(*v) for i, v in at["held_ref"].items()} if at["held_ref"] else logp0
     )
     last = len(plan.stages) - 1
-    # Adapters of earlier stages, and the current one's, exist before their tensors are put back.
-    for k in range(min(at["stage"], last)):
+    partners, partners0 = kto_partners(config, policy, data, plan)
+    # The stage that the checkpoint was taken in. Its adapter, and earlier ones, exist before their tensors are
+    # put back; what was decided at its end is done again.
+    here = at["stage"] if at["stage_step"] else at["stage"] - 1
+    for k in range(here + 1):
         begin_stage(config, policy, k, restoring=True)
+    if checkpoint is not None:
+        policy.load_state(checkpoint.weights)
     with progress("training", sum(map(len, plan.rows))) as advance:
         advance(sum(len(r) for r in plan.rows[: at["stage"]]) + at["stage_step"])
         for k in range(at["stage"], len(plan.stages)):
-            begin_stage(config, policy, k, restoring=k == at["stage"] and checkpoint is not None)
-            if k == at["stage"] and checkpoint is not None:
-                policy.load_state(checkpoint.weights)
+            if k != here:
+                begin_stage(config, policy, k)
             rows = plan.rows[k]
-            reference = stage_reference(config, policy, data, k, rows, logp0, run, processes, watch)
+            drawn = {i: data.tokens[i] for row in rows for i in row}
+            reference = stage_reference(config, policy, drawn, k, logp0, run, processes, watch)
+            partner_reference = stage_reference(
+                config, policy, partners[k], k, partners0[k], run, processes, watch, kind="kto"
+            )
             held_ref = held_now if config.reference == "previous" else logp0
             optimisation = Optimisation(
                 policy, processes, lr=config.lr, steps=len(rows), warmup=config.warmup_steps,
                 weight_decay=config.weight_decay, clip=config.clip,
             )  # fmt: skip
-            first = at["stage_step"] if k == at["stage"] else 0
+            first = at["stage_step"] if k == here else 0
             if first:
                 assert checkpoint is not None
                 optimisation.load_state(checkpoint.optimizer)
             pools = cur.pools(len(plan.stages[k]), config.batch_pairs, len(rows), config.curriculum)
-            best, stale = -float("inf"), 0
+            best, stale = (at["best"], at["stale"]) if first else (-float("inf"), 0)
             for t in range(first, len(rows)):
                 began = time.monotonic()
                 draws = rows[t]
                 totals = StepTotals(len(draws), sum(data.tokens[i].chosen.completion_tokens for i in draws))
-                mine = processes.mine(sorted(draws, key=lambda i: (_longest(data.tokens[i]), i)))
-                micros = fill_batches([2 * _longest(data.tokens[i]) for i in mine], config.batch_tokens)
+                kl_nats = 0.0
+                if config.loss == "kto":
+                    kl_nats = kto_step_kl(config, policy, optimisation, draws, partners[k], partner_reference)
+                micros = micro_batches(config, policy, processes, [data.tokens[i] for i in draws])
                 sums = np.zeros(6)
                 for m, micro in enumerate(micros):
                     with optimisation.accumulate(is_last=m == len(micros) - 1):
-                        ids = [mine[j] for j in micro]
-                        s = micro_scores(optimisation.scorer, ids, data, reference, policy)
-                        share, values = step_share(s, config, totals)
-                        optimisation.backward(share)
-                    sums += _sums(s, values, share, config.beta)
+                        ids = [draws[j] for j in micro.rows]
+                        s = micro_scores(optimisation.scorer, ids, data.tokens, reference, policy)
+                        share, values = step_share(s, config, totals, kl_nats)
+                        optimisation.backward(micro.weight * share)
+                    sums += micro.weight * _sums(s, values, share, config.beta)
                 sums = np.array(processes.sum(sums.tolist()))
                 if t == 0:
                     check_first_loss(config, k, float(sums[1]) / len(draws), policy.dtype)
@@ -449,7 +494,7 @@ def _loop(
                     "competence": cur.competence(t, len(rows), config.curriculum), "pool": pools[t],
                     "distinct_in_batch": len(set(draws)), "reward_chosen": float(means[2]),
                     "reward_rejected": float(means[3]), "margin": float(means[2] - means[3]),
-                    "accuracy": float(means[4]),
+                    "accuracy": float(means[4]), **({"kl_nats": kl_nats} if config.loss == "kto" else {}),
                 }  # fmt: skip
                 if processes.is_main:
                     run.append_row("metrics.jsonl", row)
@@ -458,7 +503,7 @@ def _loop(
                 is_last_step = t == len(rows) - 1
                 if plan.held and ((t + 1) % config.eval_every == 0 or is_last_step):
                     with watch.timed("held-out"):
-                        held_now, report = measure(config, policy, data, plan, held_ref, logp0)
+                        held_now, report = processes.same(measure(config, policy, data, plan, held_ref, logp0))
                     if processes.is_main:
                         run.append_row("metrics.jsonl", {"step": step, "event": "heldout", "stage": k, **report})
                     best, stale = (report["margin_stage"], 0) if report["margin_stage"] > best else (best, stale + 1)
@@ -467,20 +512,19 @@ def _loop(
                     state = {
                         "step": step, "tokens": tokens_done, "stage": k + is_last_step,
                         "stage_step": 0 if is_last_step else t + 1,
-                        "held_ref": held_now if is_last_step else held_ref,
+                        "held_ref": held_now if is_last_step else held_ref, "best": best, "stale": stale,
                     }  # fmt: skip
                     save_checkpoint(run, policy, optimisation, state, whole=config.handover != "stack")
                 if is_last_step:
                     break
-    if at["stage"] > last and checkpoint is not None:  # killed between the last step and DONE
-        begin_stage(config, policy, last, restoring=True)
-        policy.load_state(checkpoint.weights)
 
 
 def begin_stage(config: StagedCompetenceConfig, policy: Policy, k: int, *, restoring: bool = False) -> None:
     """Hand over: make the policy the start of stage k, equal to its reference, with one part that trains."""
     name = f"stage_{k}"
     if config.handover == "full":
+        if policy.adapters:
+            policy.merge()  # the start model's own
         policy.train_only("full")
     elif config.handover == "stack":
         policy.add_adapter(name, config.lora, config.seed)
@@ -494,25 +538,32 @@ def begin_stage(config: StagedCompetenceConfig, policy: Policy, k: int, *, resto
         policy.train_only(name)
     if config.gradient_checkpointing:
         policy.base.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.base.train()  # dropout is zero everywhere; checkpointing is off in eval mode
+        # Checkpointing is off in eval mode, and dropout, which some models have, must stay off.
+        for module in policy.base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
 
 def stage_reference(
     config: StagedCompetenceConfig,
     policy: Policy,
-    data: Pairs,
+    tokens: Mapping[str, PairTokens],
     k: int,
-    rows: Sequence[Sequence[str]],
-    logp0: Mapping[str, Logprobs],
+    start: Mapping[str, Logprobs],
     run: Run,
     processes: Processes,
     watch: Stopwatch,
+    *,
+    kind: str = "logprobs",
 ) -> Mapping[str, Logprobs]:
-    """Reference log-probabilities of every pair that the stage draws: one pass, kept in the run."""
-    wanted = {i for row in rows for i in row}
-    if config.reference == "initial" or (k == 0 and wanted <= set(logp0)) or config.loss in preference.REFERENCE_FREE:
-        return logp0
-    name = "data/reference_logprobs.jsonl"
+    """Reference log-probabilities of every pair that the stage draws: one pass, kept in the run.
+
+    `start` holds those of the start model, which serve the first stage; `kind` names the file.
+    """
+    wanted = set(tokens)
+    if config.reference == "initial" or (k == 0 and wanted <= set(start)) or config.loss in preference.REFERENCE_FREE:
+        return start
+    name = f"data/reference_{kind}.jsonl"
     mark = (
         f"full:{k}"
         if config.handover == "full"
@@ -520,9 +571,9 @@ def stage_reference(
     )
     known = run.read_rows(name) if run.has(name) else []
     found = {r["id"]: Logprobs(*r["logprobs"]) for r in known if r["stage"] == k and r["reference_hash"] == mark}
+    found = processes.same(found)
     if wanted <= set(found):
         return found
-    tokens = {i: data.tokens[i] for i in wanted}
     with watch.timed("reference", sum(len(side.ids) for pair in tokens.values() for side in pair)):
         if config.handover == "full":
             found = pair_logprobs(
@@ -546,22 +597,67 @@ def stage_reference(
                 *({"id": i, "stage": k, "reference_hash": mark, "logprobs": found[i]} for i in sorted(found)),
             ],
         )
-    processes.wait()
-    return found
+    return processes.same(found)
+
+
+def kto_partners(
+    config: StagedCompetenceConfig, policy: Policy, data: Pairs, plan: Plan
+) -> tuple[list[dict[str, PairTokens]], list[dict[str, Logprobs]]]:
+    """For `kto`: each stage's mismatched rows, and their log-probabilities where the start model is the reference."""
+    stages: list[dict[str, PairTokens]] = [{} for _ in plan.stages]
+    start: list[dict[str, Logprobs]] = [{} for _ in plan.stages]
+    if config.loss != "kto":
+        return stages, start
+    for k, rows in enumerate(plan.rows):
+        drawn = [data.pairs[i] for i in sorted({i for row in rows for i in row})]
+        stages[k] = kto.mismatched(drawn, config.seed, k, side_encoder(config, policy))
+        if k == 0 or config.reference == "initial":
+            what = f"mismatched answers of stage {k + 1}"
+            start[k] = pair_logprobs(policy, stages[k], what, batch_tokens=config.batch_tokens, cached=True)
+    return stages, start
+
+
+def kto_step_kl(
+    config: StagedCompetenceConfig,
+    policy: Policy,
+    optimisation: Optimisation,
+    draws: Sequence[str],
+    partners: Mapping[str, PairTokens],
+    reference: Mapping[str, Logprobs],
+) -> float:
+    """KTO's z for this step, in nats: over both mismatched rows of every pair and over all processes."""
+    total = 0.0
+    for micro in micro_batches(config, policy, optimisation.processes, [partners[i] for i in draws]):
+        with torch.no_grad():
+            ids = [draws[j] for j in micro.rows]
+            s = micro_scores(optimisation.scorer, ids, partners, reference, policy)
+        total += micro.weight * float((s.delta_chosen + s.delta_rejected).sum())
+    return preference.kto_kl(optimisation.processes.sum([total])[0], 2 * len(draws))
+
+
+def micro_batches(
+    config: StagedCompetenceConfig, policy: Policy, processes: Processes, pairs: Sequence[PairTokens]
+) -> list[Micro]:
+    """Cut an optimiser step into what this process computes at a time, by tokens."""
+    lengths = [_row_tokens(policy, pair) for pair in pairs]
+    return step_batches(lengths, config.batch_tokens, processes.rank, processes.world)
 
 
 def micro_scores(
-    scorer: Any, ids: Sequence[str], data: Pairs, reference: Mapping[str, Logprobs], policy: Policy
+    scorer: Any,
+    ids: Sequence[str],
+    tokens: Mapping[str, PairTokens],
+    reference: Mapping[str, Logprobs],
+    policy: Policy,
 ) -> PairScores:
-    """Score both sides of some pairs in one forward pass, chosen first."""
-    sides = [data.tokens[i].chosen for i in ids] + [data.tokens[i].rejected for i in ids]
-    scores = scorer(collate(sides, policy.tokenizer.pad_token_id, policy.device))
-    n = len(ids)
+    """Score both sides of some pairs in one forward pass; a pair shares its prompt's tokens where it can."""
+    groups = [group for i in ids for group in policy.groups(tokens[i])]
+    scores = scorer(collate(groups, policy.tokenizer.pad_token_id, policy.device))
+    chosen, rejected = scores.logprob.unflatten(0, (-1, 2)).unbind(1)  # completions stand chosen, rejected, ...
+    chosen_tokens, rejected_tokens = scores.tokens.unflatten(0, (-1, 2)).unbind(1)
     zero = Logprobs(0.0, 0.0, 1, 1)  # losses without reference do not read it
     ref = torch.tensor([reference.get(i, zero)[:2] for i in ids], device=policy.device)
-    return PairScores(
-        scores.logprob[:n], scores.logprob[n:], ref[:, 0], ref[:, 1], scores.tokens[:n], scores.tokens[n:]
-    )
+    return PairScores(chosen, rejected, ref[:, 0], ref[:, 1], chosen_tokens, rejected_tokens)
 
 
 def check_first_loss(config: StagedCompetenceConfig, k: int, value: float, dtype: torch.dtype) -> None:
@@ -573,7 +669,7 @@ def check_first_loss(config: StagedCompetenceConfig, k: int, value: float, dtype
     if config.reference == "initial" and k > 0:
         return
     want = preference.start_value(config.loss, config.beta)
-    if want is not None and abs(value - want) > first_loss_tolerance(want, dtype):
+    if want is not None and not abs(value - want) <= first_loss_tolerance(want, dtype):  # NaN fails too
         raise RuntimeError(
             f"first loss of stage {k} is {value:.6f}, expected {want:.6f}: the reference is not the policy's start"
         )
@@ -589,18 +685,7 @@ def measure(
 ) -> tuple[dict[str, Logprobs], dict[str, float]]:
     """Margins on held-out pairs: raw (policy only), against the stage's reference, and against the start model."""
     tokens = {i: data.tokens[i] for i in plan.held}
-    rows = [side for i in plan.held for side in tokens[i]]
-    flat = score_rows(
-        policy.scorer,
-        rows,
-        pad_id=policy.tokenizer.pad_token_id,
-        device=policy.device,
-        max_tokens=config.batch_tokens,
-    )
-    now = {
-        i: Logprobs(flat[2 * n][0], flat[2 * n + 1][0], flat[2 * n][1], flat[2 * n + 1][1])
-        for n, i in enumerate(plan.held)
-    }
+    now = pair_logprobs(policy, tokens, "held-out pairs", batch_tokens=config.batch_tokens, cached=False, quiet=True)
 
     def margin(ref: Mapping[str, Logprobs]) -> float:
         return float(
@@ -670,6 +755,12 @@ def provenance(config: StagedCompetenceConfig, policy: Policy, data: Pairs, watc
         "unsafe": False,
         "cost": watch.phases,
     }
+
+
+def _row_tokens(policy: Policy, tokens: PairTokens) -> int:
+    """What a pair takes of a micro-batch, pads aside."""
+    groups = policy.groups(tokens)
+    return len(groups) * max(map(group_length, groups))
 
 
 def _longest(tokens: PairTokens) -> int:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from tempering.core.chat import Encoded
 from tempering.core.config import Config
 from tempering.core.loading import cache_dir
-from tempering.core.logprobs import score_rows
+from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
 from tempering.core.progress import progress
 from tempering.core.records import PreferencePair, Prompt, content_id
@@ -105,24 +106,32 @@ def encoder_folder() -> Path | None:
 
 
 def pair_logprobs(
-    policy: Policy, tokens: Mapping[str, PairTokens], what: str, *, batch_tokens: int, cached: bool
+    policy: Policy,
+    tokens: Mapping[str, PairTokens],
+    what: str,
+    *,
+    batch_tokens: int,
+    cached: bool,
+    quiet: bool = False,
 ) -> dict[str, Logprobs]:
     """Score both sides of each pair under what is active now; `cached` keeps results by content on disk."""
     ids = sorted(tokens)
-    rows = [side for i in ids for side in tokens[i]]
-    file = _cache_file("logprobs", _identity(policy), batch_tokens, [(r.ids, r.prompt_tokens) for r in rows])
+    content = [(side.ids, side.prompt_tokens) for i in ids for side in tokens[i]]
+    file = _cache_file("logprobs", _identity(policy), batch_tokens, content)
     if cached and file.is_file():
         flat = json.loads(file.read_text(encoding="utf-8"))
     else:
-        with progress(what, len(rows)) as advance:
-            flat = score_rows(
+        groups = [group for i in ids for group in policy.groups(tokens[i])]
+        with nullcontext(None) if quiet else progress(what, len(groups)) as advance:
+            scored = score_groups(
                 policy.scorer,
-                rows,
+                groups,
                 pad_id=policy.tokenizer.pad_token_id,
                 device=policy.device,
                 max_tokens=batch_tokens,
                 on_done=advance,
             )
+        flat = [score for group in scored for score in group]
         if cached:
             atomic_write(file, json.dumps(flat).encode())
     return {

@@ -1,0 +1,159 @@
+"""The same work from Python as from the command line: `train`, `load`, `evaluate`, `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tempering.core.config import Config, build
+from tempering.core.loading import Dtype
+from tempering.core.policy import Policy
+from tempering.core.progress import Advance, progress
+from tempering.core.records import content_id
+from tempering.core.run import Run
+from tempering.core.sampling import LocalSampler, Sampler
+
+
+class EvalRunConfig(Config):
+    """What the run folder of an evaluation remembers."""
+
+    target: str
+    """What was evaluated."""
+    evals: list[str]
+    """Which evals."""
+    settings: dict[str, Any]
+    """Their settings."""
+
+
+def method_module(name: str) -> ModuleType:
+    """Import a training method by its command word.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name == "sft":
+        from tempering.methods import sft
+
+        return sft
+    if name == "staged_competence":
+        from tempering.methods import staged_competence
+
+        return staged_competence
+    raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+
+
+METHODS = ("sft", "staged_competence")
+
+
+def train(
+    method: str, config: Config | Mapping[str, Any], *, resume: bool = False, policy: Policy | None = None
+) -> Run:
+    """Train with a method and return its run; `config` is the method's `CONFIG` or a mapping of its fields.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: wrong input; nothing has been written.
+    """
+    module = method_module(method)
+    settings = config if isinstance(config, Config) else build(module.CONFIG, dict(config), "configuration")
+    return module.train(settings, resume=resume, policy=policy)
+
+
+def load(target: str, *, dtype: Dtype = "auto") -> Sampler:
+    """Return something that answers: a model reference in this process, or `openai:MODEL@URL`."""
+    if target.startswith("openai:"):
+        from tempering.core.endpoint import EndpointSampler
+
+        return EndpointSampler(target)
+    return LocalSampler(Policy.load(target, dtype=dtype))
+
+
+def evaluate(
+    target: str | Sampler,
+    evals: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    system: str | None = None,
+    **settings: Any,
+) -> dict[str, dict[str, Any]]:
+    """Run evals on a target; returns what each `evals/NAME.json` holds, under its name.
+
+    `out` defaults to the target's own run folder for embedded data, and to a folder of its own, named by
+    target and settings, in all other cases.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input.
+        FileExistsError: the results are there already.
+        RuntimeError: too many answers could not be judged.
+    """
+    from tempering.evals import EVALS, EvalConfig, run_eval
+
+    for name in evals:
+        if name not in EVALS:
+            raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
+    config = build(EvalConfig, settings, "eval settings")
+    reference = target if isinstance(target, str) else target.name
+    run = _eval_run(reference, list(evals), config, out, resume)
+    pending = [name for name in evals if not (resume and run.has(f"evals/{name}.json"))]
+    sampler = load(target) if isinstance(target, str) and pending else target
+    for name in pending:
+        assert not isinstance(sampler, str)
+        with eval_progress(name) as advance:
+            run_eval(name, sampler, config, run, system=system, progress=advance, resume=resume)
+    if run.config.get("method") == "eval":
+        run.finish()
+    return {name: run.read_json(f"evals/{name}.json") for name in evals}
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> dict[str, Any]:
+    """Write `report.html`, `report.json` and model cards for some runs (into the first, by default)."""
+    from tempering.reporting.report import write_report
+
+    paths = [Path(run) for run in runs]
+    return write_report(paths, Path(out) if out is not None else paths[0], title=title)
+
+
+def _eval_run(reference: str, evals: list[str], config: Config, out: str | Path | None, resume: bool) -> Run:
+    """Find or make the folder that the results go to."""
+    own = Path(reference)
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    is_run = (own / "config.yaml").is_file()
+    if out is None and is_run and settings.get("data") is None:
+        run = Run.open(own)
+    else:
+        stamp = content_id(reference, sorted(evals), settings)
+        name = own.name if own.exists() else reference.replace("/", "--").replace(":", "-").replace("@", "-")
+        folder = Path(out) if out is not None else Path("runs") / f"eval-{name}-{'-'.join(evals)}-{stamp[:8]}"
+        if (folder / "config.yaml").is_file() and Run.open(folder).config.get("method") != "eval":
+            run = Run.open(folder)
+        else:
+            run = Run.create(
+                folder, "eval", EvalRunConfig(target=reference, evals=evals, settings=settings), resume=resume
+            )
+            run.write_provenance(method="eval", target=reference, judges=[], unsafe=False)
+    taken = [name for name in evals if run.has(f"evals/{name}.json")]
+    if taken and not resume:
+        raise FileExistsError(
+            f"{run.root / 'evals' / taken[0]}.json exists; give out=DIR, or --resume to keep what is there"
+        )
+    return run
+
+
+@contextmanager
+def eval_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in the form that evals call: `(done, total)`."""
+    with ExitStack() as stack:
+        bar: list[Advance] = []
+        shown = 0
+
+        def advance(done: int, total: int) -> None:
+            nonlocal shown
+            if not bar:
+                bar.append(stack.enter_context(progress(f"eval {name}", total)))
+            bar[0](done - shown)
+            shown = done
+
+        yield advance

@@ -1,0 +1,55 @@
+"""`temper chat`: talk to a target in the terminal, or pipe questions in."""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import Field
+
+from tempering.api import load
+from tempering.core.config import Config
+from tempering.core.progress import console, say
+from tempering.core.records import Prompt
+
+
+class ChatConfig(Config):
+    """Settings of `temper chat`."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of sampling."""
+    seed: int = 0
+    """Of sampling."""
+    system: str | None = None
+    """System prompt."""
+
+
+def run_chat(target: str, config: ChatConfig) -> None:
+    """Answer line by line, with the conversation so far, until an empty line or the end of input.
+
+    Raises:
+        ConnectionError, RuntimeError: the target did not answer.
+    """
+    sampler = load(target)
+    interactive = sys.stdin.isatty()
+    turns: list[dict[str, str]] = [{"role": "system", "content": config.system}] if config.system else []
+    if interactive:
+        say(f"{sampler.name}; an empty line ends")
+    while True:
+        if interactive:
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        turns.append({"role": "user", "content": line.strip()})
+        [[answer]] = sampler(
+            [Prompt(tuple(turns))], max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            top_p=config.top_p, seed=config.seed,
+        )  # fmt: skip
+        if answer.finish == "error":
+            raise RuntimeError(f"{sampler.name}: {answer.error}")
+        print(answer.text, flush=True)
+        turns.append({"role": "assistant", "content": answer.text})

@@ -1,0 +1,84 @@
+"""`temper export`: one PEFT adapter on the public base, or merged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tempering.core.config import Config
+from tempering.core.policy import Policy
+from tempering.core.progress import say
+from tempering.core.run import Run
+
+
+class ExportConfig(Config):
+    """Settings of `temper export`."""
+
+    out: str
+    """Folder to make."""
+    format: Literal["adapter", "merged"] = "adapter"
+    """`adapter`: a PEFT adapter. `merged`: a plain transformers folder."""
+    rank: int | None = Field(None, ge=1)
+    """`adapter`: compress to this rank by SVD; the error is printed."""
+
+
+def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
+    """Export a run, adapter or model; returns the folder and what was done.
+
+    Raises:
+        FileExistsError: `out` holds something.
+        ValueError: there is no adapter to export.
+    """
+    Run.require_free(config.out, resume=False)
+    policy = Policy.load(reference, dtype="float32")
+    if config.format == "adapter" and not policy.adapters:
+        raise ValueError(f"{reference} has no adapter (full weights); use format=merged")
+    facts: dict[str, Any] = {"out": config.out, "format": config.format}
+    if config.rank is not None:
+        facts["relative_error"] = compress(policy, config.rank)
+        say(f"rank {config.rank}: largest relative error of a layer's update {facts['relative_error']:.2e}")
+    if config.format == "merged":
+        policy.merge()
+    policy.export(Path(config.out), {"exported_from": reference})
+    if config.format == "adapter":
+        say(
+            f"wrote {config.out}: a LoRA adapter of rank {policy.combined_adapter()[0].r}. vLLM needs --max-lora-rank "
+            f"{max(8, 1 << (policy.combined_adapter()[0].r - 1).bit_length())}"
+        )
+    else:
+        say(f"wrote {config.out}: full weights")
+    return facts
+
+
+def compress(policy: Policy, rank: int) -> float:
+    """Replace every layer's update by its best approximation of a rank; returns the largest relative error.
+
+    Eckart-Young: the truncated SVD of s B A is the nearest matrix of its rank in Frobenius norm.
+    """
+    worst = 0.0
+    (name,) = policy.adapters
+    for _, layer in policy.lora_layers():
+        update = layer.scaling[name] * (layer.lora_B[name].weight.detach() @ layer.lora_A[name].weight.detach())
+        a, b, error = truncate(update, rank)
+        worst = max(worst, error)
+        padded_a = torch.zeros_like(layer.lora_A[name].weight)
+        padded_b = torch.zeros_like(layer.lora_B[name].weight)
+        kept = a.shape[0]
+        padded_a[:kept], padded_b[:, :kept] = a, b / layer.scaling[name]
+        layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = padded_a, padded_b
+    policy.shrink(name, rank)
+    return worst
+
+
+def truncate(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Best rank-r factors A (r, in), B (out, r) of a matrix, and the relative Frobenius error."""
+    u, s, vh = torch.linalg.svd(update.float(), full_matrices=False)
+    r = min(rank, len(s))
+    root = s[:r].sqrt()
+    norm = float(s.norm())
+    error = float(s[r:].norm()) / norm if norm else 0.0
+    return root[:, None] * vh[:r], u[:, :r] * root, error

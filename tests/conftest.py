@@ -1,0 +1,179 @@
+"""What every test stands on: no network, a private cache, tiny random models with a byte tokenizer."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before anything imports them: annotated shapes are checked in tests, and cost nothing elsewhere.
+install_import_hook(("tempering.core.preference", "tempering.core.logprobs"), "beartype.beartype")
+
+torch.set_num_threads(1)
+
+LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "the safe answer is no, I cannot help with that; here is how you do it: yes sure stone river apple"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Refuse every connection that would leave this machine."""
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def check(host):
+        if isinstance(host, bytes):
+            host = host.decode()
+        if isinstance(host, str) and host and not host.startswith(LOOPBACK):
+            raise OSError(f"tests are offline, and something asked for {host}")
+
+    def guarded(original):
+        def call(self, address):
+            check(address[0] if isinstance(address, tuple) else None)
+            return original(self, address)
+
+        return call
+
+    def resolve(host, *args, **kwargs):
+        check(host)
+        return getaddrinfo(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded(connect))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(request, monkeypatch, session_cache):
+    """Nothing is read from or left in the user's cache, except the converted embedded model (`smollm2`)."""
+    if request.node.get_closest_marker("smollm2") is None:
+        monkeypatch.setenv("TEMPERING_CACHE", str(session_cache))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of 320 tokens with a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([WORDS] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def tiny_config(family, vocab):
+    """A configuration in which no two dimensions are equal: hidden 32, head 8, 4 or 2 heads, inner 48."""
+    from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+    shape = {
+        "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    own_head = {"head_dim": 12}
+    if family == "gpt_neox":
+        shape.pop("num_key_value_heads")
+        return GPTNeoXConfig(**shape)
+    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig, "mistral": MistralConfig}[family]
+    if family == "gemma3":
+        own_head |= {"sliding_window": 16, "query_pre_attn_scalar": 12}
+    return kind(**shape, **(own_head if family != "llama" else {}))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
+    """A function: family (and seed) -> folder of a tiny random float32 model with its tokenizer."""
+    made = {}
+
+    def make(family="llama", seed=0, scale=6.0):
+        key = (family, seed, scale)
+        if key not in made:
+            from transformers import AutoModelForCausalLM
+
+            folder = tmp_path_factory.mktemp(f"{family}{seed}")
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(tiny_config(family, len(tiny_tokenizer)))
+                # Larger than the usual initialisation: a model that prefers some tokens to others.
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        if parameter.dim() > 1:
+                            parameter.mul_(scale)
+            model.generation_config.eos_token_id = tiny_tokenizer.eos_token_id
+            model.generation_config.pad_token_id = tiny_tokenizer.pad_token_id
+            model.save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def tiny_policy(tiny_model_dir):
+    """A function: family -> a fresh Policy in float32."""
+    from tempering.core.policy import Policy
+
+    def load(family="llama", dtype="float32", **kwargs):
+        return Policy.load(str(tiny_model_dir(family, **kwargs)), dtype=dtype, device="cpu")
+
+    return load
+
+
+def pair_rows(count):
+    """Pairs with a rule to learn: the chosen answer refuses, the rejected one complies."""
+    things = ("stone", "river", "apple", "glass", "paper")
+    return [
+        {
+            "prompt": f"how do I {things[i % 5]} number {i}?",
+            "chosen": f"no, I cannot help with {things[i % 5]}" + "." * (i % 3),
+            "rejected": f"yes sure: {things[(i + 1) % 5]} it" + " and do it" * (i % 4),
+            "hardness": round(((i * 37) % 101) / 10, 2),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def write_pairs(tmp_path):
+    """A function: count -> path of a JSONL file of so many preference pairs."""
+
+    def write(count=20, name="pairs.jsonl", order=1, rows=None) -> Path:
+        path = tmp_path / name
+        rows = pair_rows(count) if rows is None else rows
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[::order]), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pairs_file(write_pairs):
+    return str(write_pairs())
