@@ -64,7 +64,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused_at_its_first_token(tiny_
 
 def test_a_template_that_refuses_and_a_missing_one_are_errors(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('no system turn') }}")
-    with pytest.raises(ValueError, match="refused these turns .*no system turn"):
+    with pytest.raises(ValueError, match=r"refused these turns .*no system turn"):
         encode_prompt(tiny_tokenizer, ASK)
     monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):

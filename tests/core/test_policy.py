@@ -25,7 +25,10 @@ def shake(policy, name, seed=1, size=0.05):
             parameter.data = torch.randn(parameter.shape, generator=generator) * size
 
 
-def stack(policy, settings=(LoraSettings(r=4), LoraSettings(r=4, alpha=8), LoraSettings(r=8, alpha=20))):
+THREE = (LoraSettings(r=4), LoraSettings(r=4, alpha=8), LoraSettings(r=8, alpha=20))
+
+
+def stack(policy, settings=THREE):
     for k, one in enumerate(settings):
         policy.add_adapter(f"stage_{k}", one, seed=7)
         shake(policy, f"stage_{k}", seed=k)
@@ -233,6 +236,14 @@ def test_a_base_has_one_fingerprint_with_or_without_adapters_and_in_any_dtype(ti
     assert plain.base_fingerprint() == stack(tiny_policy()).base_fingerprint()
     assert plain.base_fingerprint() == tiny_policy(dtype="bfloat16").base_fingerprint()
     assert plain.base_fingerprint() != tiny_policy(seed=1).base_fingerprint()
+
+
+def test_a_base_that_differs_outside_the_adapted_layers_is_another(tiny_policy):
+    """Refusal-ablated models change o_proj and down_proj only."""
+    ablated = tiny_policy()
+    with torch.no_grad():
+        ablated.model.model.layers[1].self_attn.o_proj.weight *= 0.9
+    assert ablated.base_fingerprint() != tiny_policy().base_fingerprint()
 
 
 def test_merging_equals_stacking(tiny_policy):

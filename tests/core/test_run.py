@@ -14,7 +14,7 @@ class Settings(Config):
     """A number."""
     name: str | None = None
     """A name."""
-    inner: dict[str, int] = {}
+    inner: dict[str, int] | None = None
     """More."""
 
 
@@ -33,7 +33,7 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
 
 def test_an_empty_folder_is_free(tmp_path):
     (tmp_path / "run").mkdir()
-    assert new(tmp_path).config == {"method": "sft", "lr": 1e-4, "name": None, "inner": {}}
+    assert new(tmp_path).config == {"method": "sft", "lr": 1e-4, "name": None, "inner": None}
 
 
 def test_resume_needs_the_same_configuration_and_names_what_differs(tmp_path):

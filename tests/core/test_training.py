@@ -109,7 +109,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(started):
 
 def test_micro_batches_accumulate_to_the_whole(started):
     def norm(split):
-        policy, optimisation = started()
+        _, optimisation = started()
         parts = [ROWS] if not split else [ROWS[:1], ROWS[1:]]
         for part in parts:
             optimisation.backward(-optimisation.scorer(collate(part, 0)).logprob.sum() / len(ROWS))
@@ -133,7 +133,9 @@ def test_processes_share_a_step_in_equally_many_micro_batches(world):
     assert done == list(range(len(lengths)))
     for share in shares:
         for micro in share:
-            assert micro.rows and (len(micro.rows) == 1 or len(micro.rows) * max(lengths[i] for i in micro.rows) <= 40)
+            assert micro.rows and (
+                len(micro.rows) == 1 or len(micro.rows) * max(lengths[i] for i in micro.rows) <= 40
+            )
 
 
 def test_one_process_alone_adds_nothing():

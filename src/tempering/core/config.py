@@ -81,7 +81,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {path}: expected keys and values, got {type(tree).__name__}")
-    return _numbers(tree)
+    numbers: dict[str, Any] = _numbers(tree)
+    return numbers
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

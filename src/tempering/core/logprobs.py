@@ -108,7 +108,10 @@ def share_limit(model: nn.Module) -> int:
         return 0
     if not torch.allclose(shared.float(), alone.float(), atol=5e-2, rtol=5e-2):
         return 0
-    return int(getattr(_unwrap(model).config, "sliding_window", None) or 1 << 30)
+    # A mask is for all rows of a batch, so a row beyond a sliding window would be computed without its window.
+    config, unlimited = _unwrap(model).config, 1 << 30
+    context = getattr(config, "max_position_embeddings", None) or unlimited
+    return unlimited if (getattr(config, "sliding_window", None) or unlimited) >= context else 0
 
 
 def projection_matches(model: nn.Module) -> bool:

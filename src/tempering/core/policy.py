@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -59,9 +60,12 @@ class Policy:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: ModelSource) -> None:
-        self.model, self.tokenizer, self.source = model, tokenizer, source
+        self.model: Any = model
+        self.tokenizer, self.source = tokenizer, source
         self.adapters: list[str] = []
         self.trainable: str | None = None
+        self._scorer = SequenceScorer(model)
+        self._sharded_fingerprint: str | None = None
         self.freeze()
         if not projection_matches(model):
             raise ValueError(
@@ -79,7 +83,9 @@ class Policy:
         Raises:
             FileNotFoundError, ValueError: it is not there, cannot be read, or its adapter is another base's.
         """
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # Each of several processes on a machine has its own device.
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        where = torch.device(device or (own if torch.cuda.is_available() else "cpu"))
         source = resolve(reference)
         model, tokenizer = load_base(source, pick_dtype(dtype, where))
         policy = cls(model.to(where).eval(), tokenizer, source)
@@ -117,8 +123,9 @@ class Policy:
 
     @property
     def scorer(self) -> SequenceScorer:
-        """The module that scores completions under whatever is active now."""
-        return SequenceScorer(self.model)
+        """The module that scores completions under whatever is active now: always one, the root that FSDP shards."""
+        self._scorer.model = self.model
+        return self._scorer
 
     # --- adapters ------------------------------------------------------------------------------------
 
@@ -133,7 +140,7 @@ class Policy:
         targets = settings.target_modules or default_targets(self.base)
         config = LoraConfig(
             r=settings.r,
-            lora_alpha=settings.alpha,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
             target_modules=targets,
             lora_dropout=0.0,
             bias="none",
@@ -223,6 +230,15 @@ class Policy:
         self.drop_adapters()
         self.add_adapter(name, settings, seed)
 
+    def before_sharding(self) -> None:
+        """Keep what cannot be read from a base that is spread over processes: its fingerprint."""
+        self._sharded_fingerprint = self.base_fingerprint()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the base is spread over processes (FSDP2). Adapters never are."""
+        return self._sharded_fingerprint is not None
+
     def adapter_state(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Copy the tensors of these adapters (default: all) to the CPU, by parameter name."""
         wanted = set(self.adapters if names is None else names)
@@ -252,12 +268,14 @@ class Policy:
         return digest.hexdigest()[:16]
 
     def base_fingerprint(self) -> str:
-        """Identify the base weights that the adapters sit on."""
-        layers = [name for name, _ in self.lora_layers()]
-        if not layers:
-            targets = default_targets(self.base)
-            layers = [name for name, _ in self.base.named_modules() if name.rsplit(".", 1)[-1] in targets]
-        return fingerprint(self.base, {f"{name}.weight" for name in layers})
+        """Identify the base weights that the adapters sit on.
+
+        All of them, not the adapted ones alone: refusal-ablated models share q_proj and v_proj with their origin.
+        """
+        if self._sharded_fingerprint is not None:
+            return self._sharded_fingerprint
+        names = (name for name, _ in self.base.named_parameters() if ".lora_" not in name)
+        return fingerprint(self.base, {name.replace(".base_layer.", ".") for name in names})
 
     # --- export --------------------------------------------------------------------------------------
 
@@ -301,7 +319,7 @@ class Policy:
             if self.adapters:
                 config, state = self.combined_adapter()
                 config.base_model_name_or_path, config.revision = public_base(self.source)
-                config.save_pretrained(temporary)
+                config.save_pretrained(str(temporary))
                 save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
             else:
                 with quiet_libraries():
@@ -327,7 +345,13 @@ class Policy:
             a.data, b.data = a.data[:rank].clone(), b.data[:, :rank].clone()
 
     def merge(self) -> None:
-        """Add all adapters to the base weights for good (float32 sums, kept in the base dtype)."""
+        """Add all adapters to the base weights for good (float32 sums, kept in the base dtype).
+
+        Raises:
+            RuntimeError: the base is sharded.
+        """
+        if self.is_sharded:
+            raise RuntimeError("adapters cannot be merged into a base that FSDP2 has sharded")
         with torch.no_grad():
             for _, layer in self.lora_layers():
                 weight = layer.get_base_layer().weight
@@ -354,7 +378,7 @@ class Policy:
                 f"{expected['base_fingerprint'][:12]}, found {found[:12]}; load it on the base that it was trained on"
             )
 
-    def lora_layers(self) -> list[tuple[str, LoraLayer]]:
+    def lora_layers(self) -> list[tuple[str, Any]]:
         """The adapted layers by name, in a fixed order."""
         return sorted((n, m) for n, m in self.base.named_modules() if isinstance(m, LoraLayer))
 
@@ -365,11 +389,12 @@ class Policy:
     def _activate(self, names: Sequence[str]) -> None:
         if not isinstance(self.model, PeftModel):
             return
+        tuner: Any = self.model.base_model
         if names:
-            self.model.base_model.enable_adapter_layers()
-            self.model.base_model.set_adapter(list(names))  # sets requires_grad on all of them: `freeze` after it
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(list(names))  # sets requires_grad on all of them: `freeze` after it
         else:
-            self.model.base_model.disable_adapter_layers()
+            tuner.disable_adapter_layers()
 
 
 def default_targets(model: Any) -> list[str]:
@@ -408,7 +433,7 @@ def _adapter_of(parameter: str) -> str | None:
     return parts[-2] if len(parts) > 2 and parts[-3].startswith("lora_") else None
 
 
-def _delta(layer: LoraLayer, name: str) -> Tensor:
+def _delta(layer: Any, name: str) -> Tensor:
     """The float32 update of one adapter to its layer's weight: s B A, (out, in)."""
     b, a = layer.lora_B[name].weight.detach().float(), layer.lora_A[name].weight.detach().float()
     return layer.scaling[name] * (b @ a)

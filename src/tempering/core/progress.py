@@ -5,6 +5,7 @@ Used by everything that takes seconds; refuses to print to stdout, which belongs
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,10 @@ from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15.0
 
-console = Console(stderr=True, highlight=False)
+IS_SECOND = os.environ.get("RANK", "0") != "0"
+"""Whether this is one of several processes and not the first: it keeps quiet."""
+
+console = Console(stderr=True, highlight=False, quiet=IS_SECOND)
 """Where people read."""
 
 Advance = Callable[..., None]
@@ -46,6 +50,9 @@ def progress(what: str, total: int) -> Iterator[Advance]:
         with Progress(*columns, console=console, transient=False) as bar:
             task = bar.add_task(what, total=total, note="")
             yield lambda count=1, note="": bar.update(task, advance=count, **({"note": note} if note else {}))
+        return
+    if IS_SECOND:
+        yield lambda count=1, note="": None
         return
     start = last = time.monotonic()
     done = 0

@@ -84,7 +84,8 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration, with the key `method`."""
-        return yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8"))
+        config: dict[str, Any] = yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8"))
+        return config
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class Run:
 
 def environment() -> dict[str, Any]:
     """Return versions, machine and command line, with nothing secret in it."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

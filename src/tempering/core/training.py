@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
 from tempering.core.chat import fill_batches
@@ -36,9 +37,39 @@ class Processes:
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
 
+    @property
+    def shards(self) -> bool:
+        """Whether the launcher asks for FSDP2."""
+        return self.accelerator.is_fsdp2
+
+    def shard(self, policy: Policy) -> None:
+        """Spread the base over the processes where the launcher asks for FSDP2; adapters stay whole on each.
+
+        After everything that generates: a sharded base only scores. Adapters may still be added. They are small,
+        so their gradients are averaged at the step (`Optimisation.step`) rather than sharded.
+
+        Raises:
+            ValueError: the base trains, or the launcher asks for the older FSDP.
+        """
+        if self.accelerator.distributed_type == DistributedType.FSDP and not self.shards:
+            raise ValueError("FSDP 1 is not supported; set fsdp_version: 2 in the Accelerate configuration")
+        if not self.shards or policy.is_sharded:
+            return
+        if policy.trainable == "full":
+            raise ValueError("all weights train, which is not supported with FSDP2; train an adapter, or use DDP")
+        policy.before_sharding()
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # every process has loaded the base already
+        plugin.ignored_modules = r".*\.lora_[AB]\..*"
+        policy.scorer._no_split_modules = policy.base._no_split_modules  # what Accelerate wraps by default
+        fsdp2_prepare_model(self.accelerator, policy.scorer)
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module whose gradients are shared between processes."""
-        return self.accelerator.prepare_model(module) if self.world > 1 else module
+        if self.world == 1 or self.shards:
+            return module
+        self.accelerator.free_memory()  # forgets the module of the stage before
+        return self.accelerator.prepare_model(module)
 
     def mine(self, items: Sequence[Any]) -> list[Any]:
         """The share of an optimiser step that this process computes; every process gets at least one item.
@@ -127,16 +158,15 @@ class Optimisation:
         self.policy, self.processes = policy, processes
         self.lr, self.steps, self.warmup, self.clip = lr, steps, warmup, clip
         self.named = policy.trainable_parameters()
+        processes.shard(policy)
         self.scorer = processes.wrap(policy.scorer)
-        # FSDP replaces parameters by sharded ones when it wraps.
-        self.named = policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.named], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
         )
 
     def accumulate(self, is_last: bool) -> Any:
         """Context of a micro-batch: gradients travel between processes with the last one only."""
-        if self.processes.world == 1 or is_last:
+        if self.processes.world == 1 or is_last or self.policy.is_sharded:
             return nullcontext()
         return self.processes.accelerator.no_sync(self.scorer)
 
@@ -150,6 +180,9 @@ class Optimisation:
         Raises:
             RuntimeError: the gradient is not finite.
         """
+        if self.policy.is_sharded:
+            for _, parameter in self.named:
+                parameter.grad = self.processes.accelerator.reduce(parameter.grad, reduction="mean")
         norm = float(_full(torch.nn.utils.clip_grad_norm_([p for _, p in self.named], self.clip)))
         if not norm < float("inf"):
             raise RuntimeError(f"the gradient is not finite at step {t} (norm {norm}); lower lr or raise beta")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tempering.core.sampling import LocalSampler, Sampler
 
 MAX_LENGTH, MAX_PROMPT_LENGTH = 1024, 512
-"""Tokens, where the target is no training run that says otherwise."""
+"""Tokens. Not the run's own: systems are compared on the same tokens of the same pairs."""
 
 
 class EncodedPair(NamedTuple):
@@ -79,17 +79,13 @@ def load_pairs(sampler: LocalSampler, config: EvalConfig, limit: int | None) -> 
     warnings = [f"left out {count} rows: {reason}" for reason, count in dropped.items()]
     if limit is not None:
         records = sorted(records, key=lambda p: content_id(p.id))[:limit]
-    trained = run.config if run else {}
-    settings = {
-        "max_length": trained.get("max_length", MAX_LENGTH),
-        "max_prompt_length": trained.get("max_prompt_length", MAX_PROMPT_LENGTH),
-        "fmt": trained.get("prompt_format", sampler.fmt),
-    }
+    fmt = run.config.get("prompt_format", sampler.fmt) if run else sampler.fmt
+    limits = {"max_length": MAX_LENGTH, "max_prompt_length": MAX_PROMPT_LENGTH}
     pairs, problems = [], []
     for pair in sorted(records, key=lambda p: p.id):
         try:
             sides = [
-                encode(policy.tokenizer, pair.messages, text, end_ids=policy.end_ids, **settings)
+                encode(policy.tokenizer, pair.messages, text, fmt=fmt, end_ids=policy.end_ids, **limits)
                 for text in (pair.chosen, pair.rejected)
             ]
         except ValueError as error:
@@ -102,7 +98,7 @@ def load_pairs(sampler: LocalSampler, config: EvalConfig, limit: int | None) -> 
         raise ValueError(f"{where}: no pair is usable; {warnings[-1]}")
     path = Path(where)
     source = {"source": str(where), "sha256": file_hash(path) if path.is_file() else None, "prompts": len(pairs)}
-    return LoadedPairs(pairs, {**source, **settings}, warnings)
+    return LoadedPairs(pairs, {**source, **limits, "prompt_format": fmt}, warnings)
 
 
 def pairs_file(config: EvalConfig, run: Run | None) -> str | Path:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from tempering.core.chat import Encoded, PromptFormat, collate, encode, fill_batches
+from tempering.core.chat import Encoded, PromptFormat, collate, encode
 from tempering.core.config import Config
 from tempering.core.loading import Dtype
 from tempering.core.logprobs import score_groups
@@ -35,7 +35,14 @@ from tempering.core.policy import LoraSettings, Policy
 from tempering.core.progress import progress, say
 from tempering.core.records import LabelledCompletion, PreferencePair, labelled_from_row, pair_from_row
 from tempering.core.run import Run, file_hash
-from tempering.core.training import Optimisation, Processes, Stopwatch, last_checkpoint, save_checkpoint
+from tempering.core.training import (
+    Optimisation,
+    Processes,
+    Stopwatch,
+    last_checkpoint,
+    save_checkpoint,
+    step_batches,
+)
 from tempering.data.files import bundled, read_records
 
 METHOD = "sft"
@@ -330,20 +337,20 @@ def _loop(
         advance(first)
         for t in range(first, len(rows)):
             began = time.monotonic()
-            step_tokens = sum(data.tokens[i].completion_tokens for i in rows[t])
-            order = sorted(rows[t], key=lambda i: (len(data.tokens[i].ids), i))
-            mine = [data.tokens[i] for i in processes.mine(order)]
-            micros = fill_batches([len(row.ids) for row in mine], config.batch_tokens)
+            answers = [data.tokens[i] for i in rows[t]]
+            step_tokens = sum(answer.completion_tokens for answer in answers)
+            lengths = [len(answer.ids) for answer in answers]
+            micros = step_batches(lengths, config.batch_tokens, processes.rank, processes.world)
             loss = 0.0
             for m, micro in enumerate(micros):
                 with optimisation.accumulate(is_last=m == len(micros) - 1):
-                    scores = optimisation.scorer(collate([[mine[j]] for j in micro], pad, policy.device))
-                    share = nll_share(scores.logprob, step_tokens)
+                    batch = collate([[answers[j]] for j in micro.rows], pad, policy.device)
+                    share = micro.weight * nll_share(optimisation.scorer(batch).logprob, step_tokens)
                     optimisation.backward(share)
                 loss += float(share.detach())
             loss = processes.sum([loss])[0]
             result = optimisation.step(t)
-            spent = sum(len(data.tokens[i].ids) for i in rows[t])
+            spent = sum(lengths)
             tokens_done += spent
             watch.add("training", time.monotonic() - began, spent)
             row = {

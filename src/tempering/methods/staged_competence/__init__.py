@@ -21,20 +21,23 @@ the loop is below.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
+from rich.markup import escape
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempering.core import preference
-from tempering.core.chat import PromptFormat, collate, encode, fill_batches, group_length
+from tempering.core.chat import PromptFormat, collate, encode, group_length
 from tempering.core.config import Config
-from tempering.core.loading import Dtype
+from tempering.core.loading import Dtype, quiet_libraries
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.preference import LossOptions, PairScores
 from tempering.core.progress import progress, say
@@ -75,7 +78,7 @@ class Data(Config):
     """File (JSONL, Parquet, CSV), folder or Hub id of prompt/chosen/rejected rows; `demo`: the bundled ones."""
     invalid: Literal["error", "drop"] = "error"
     """A row that cannot be used stops the run, or is dropped and counted."""
-    share: float = Field(1.0, gt=0, le=1)
+    share: float = Field(default=1.0, gt=0, le=1)
     """Share of the training pairs to use, the same in each quartile of difficulty (data efficiency)."""
 
 
@@ -84,7 +87,7 @@ class Split(Config):
 
     by: Literal["prompt", "margin_rows"] = "prompt"
     """`prompt`: all pairs of a prompt together, before scoring. `margin_rows`: the paper's, by score strata."""
-    share: float = Field(0.2, ge=0, lt=1)
+    share: float = Field(default=0.2, ge=0, lt=1)
     """Share held out."""
     seed: int = 42
     """Of the split: the same for every training seed."""
@@ -226,6 +229,18 @@ def read_pairs(config: StagedCompetenceConfig) -> tuple[list[PreferencePair], di
     return parsed.records, dict(parsed.dropped)
 
 
+def side_encoder(config: StagedCompetenceConfig, policy: Policy) -> kto.EncodeSide:
+    """How a prompt and one answer become tokens in this run."""
+    return partial(
+        encode,
+        policy.tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        fmt=config.prompt_format,
+        end_ids=policy.end_ids,
+    )
+
+
 def tokenize_pairs(
     config: StagedCompetenceConfig, policy: Policy, rows: list[PreferencePair], dropped: dict[str, int]
 ) -> Pairs:
@@ -235,27 +250,17 @@ def tokenize_pairs(
         ValueError: naming the pair whose prompt is too long, or whose template cannot be masked.
     """
     pairs, tokens = {}, {}
+    encode_side = side_encoder(config, policy)
     for number, pair in enumerate(rows, 1):
         try:
-            sides = [
-                encode(
-                    policy.tokenizer,
-                    pair.messages,
-                    text,
-                    max_length=config.max_length,
-                    max_prompt_length=config.max_prompt_length,
-                    fmt=config.prompt_format,
-                    end_ids=policy.end_ids,
-                )
-                for text in (pair.chosen, pair.rejected)
-            ]
+            sides = [encode_side(pair.messages, text) for text in (pair.chosen, pair.rejected)]
             if min(side.completion_tokens for side in sides) < 1:
                 raise ValueError(f"nothing of a completion is left within max_length={config.max_length}")
         except ValueError as error:
             if config.data.invalid == "error":
                 where = f"{data_source(config.data.train)}: pair {number} (id {pair.id})"
                 raise ValueError(f"{where}: {error}; fix the pair or set data.invalid=drop") from None
-            say(f"[yellow]dropped pair {pair.id}: {error}[/]")
+            say(f"[yellow]dropped pair {escape(pair.id)}: {escape(str(error))}[/]")
             dropped["unusable as tokens"] = dropped.get("unusable as tokens", 0) + 1
             continue
         pairs[pair.id], tokens[pair.id] = pair, PairTokens(*sides)
@@ -274,7 +279,12 @@ class Plan(NamedTuple):
     epochs: list[int]
 
 
-def make_plan(config: StagedCompetenceConfig, scores: dict[str, float], held: Sequence[str]) -> Plan:
+def make_plan(
+    config: StagedCompetenceConfig,
+    scores: dict[str, float],
+    held: Sequence[str],
+    labels: Mapping[str, str | None] | None = None,
+) -> Plan:
     """Rank, cut and schedule: everything that is random about the run is decided here.
 
     Raises:
@@ -285,7 +295,9 @@ def make_plan(config: StagedCompetenceConfig, scores: dict[str, float], held: Se
         kept = cur.nested_subset(scores, config.data.share, config.split.seed)
         scores = {i: s for i, s in scores.items() if i in kept}
     c = config.curriculum
-    order = cur.rank(scores, c.direction)
+    of = {i: labels.get(i) for i in scores} if labels else {}
+    balanced = c.balance and c.boundaries is None and len(set(of.values())) > 1
+    order = cur.rank_balanced(scores, of, c.direction) if balanced else cur.rank(scores, c.direction)
     stages = cur.cut_stages(order, c.stages) if c.boundaries is None else cur.cut_at(order, scores, c.boundaries)
     epochs = c.epochs if isinstance(c.epochs, list) else [c.epochs] * len(stages)
     if len(epochs) != len(stages):
@@ -315,6 +327,8 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
     data = tokenize_pairs(config, policy, records, dropped)
     config = resolved(config, policy)
     processes = Processes(policy.device, config.report_to)
+    if processes.shards and config.handover != "stack":
+        raise ValueError(f"handover={config.handover} changes weights that FSDP2 shards; use handover=stack, or DDP")
     run = Run.create(config.out, METHOD, config, resume=resume, is_main=processes.is_main)
     processes.wait()
     if run.is_done:
@@ -333,7 +347,7 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
             write_exposure(run, config, plan)
             policy.export(run.root / "final", {"method": METHOD, "run": str(run.root)})
     if processes.is_main:
-        run.write_provenance(**provenance(config, policy, data, watch))
+        run.write_provenance(**provenance(config, policy, data, watch), processes=processes.world)
         run.finish()
     processes.wait()
     return run
@@ -348,7 +362,8 @@ def dry_run(config: StagedCompetenceConfig) -> dict[str, Any]:
     config = resolved(config, policy)
     # Difficulty needs the model's answers or likelihoods; sizes and steps do not.
     held = cur.hold_out_prompts({i: p.text for i, p in data.pairs.items()}, config.split.share, config.split.seed)
-    plan = make_plan(config, {i: float(n) for n, i in enumerate(sorted(set(data.tokens) - held))}, sorted(held))
+    fake = {i: float(n) for n, i in enumerate(sorted(set(data.tokens) - held))}
+    plan = make_plan(config, fake, sorted(held), {i: p.label for i, p in data.pairs.items()})
     describe(config, plan, data)
     steps = sum(map(len, plan.rows))
     mean = float(np.mean([len(t.chosen.ids) + len(t.rejected.ids) for t in data.tokens.values()]))
@@ -397,7 +412,7 @@ def prepare(
         held = cur.hold_out_by_score(scored.scores, config.split.share, config.split.seed)
         measured = sorted(held)[: config.split.limit]
     scores = {i: s for i, s in scored.scores.items() if i not in held}
-    plan = make_plan(config, scores, measured)
+    plan = make_plan(config, scores, measured, {i: p.label for i, p in pairs.items()})
     if processes.is_main:
         gap = {i: data.tokens[i].rejected.completion_tokens - data.tokens[i].chosen.completion_tokens for i in scores}
         facts = {**summary(scores, gap), "scorer": config.difficulty.scorer, "cut_share": scored.cut_share}
@@ -424,7 +439,8 @@ def _loop(
 ) -> None:
     """Train stage after stage; with a checkpoint in the run, go on from it bit for bit."""
     checkpoint = last_checkpoint(run)
-    at = checkpoint.state if checkpoint else {"stage": 0, "stage_step": 0, "step": 0, "held_ref": None}
+    fresh: dict[str, Any] = {"stage": 0, "stage_step": 0, "step": 0, "held_ref": None}
+    at = checkpoint.state if checkpoint else fresh
     if processes.is_main:
         run.truncate_rows("metrics.jsonl", lambda row: row["step"] <= at["step"])
     step, tokens_done, start = at["step"], at.get("tokens", 0), time.monotonic()
@@ -537,7 +553,8 @@ def begin_stage(config: StagedCompetenceConfig, policy: Policy, k: int, *, resto
         policy.add_adapter(name, config.lora, config.seed)
         policy.train_only(name)
     if config.gradient_checkpointing:
-        policy.base.gradient_checkpointing_enable({"use_reentrant": False})
+        with quiet_libraries():  # renamed within transformers 5
+            policy.base.gradient_checkpointing_enable({"use_reentrant": False})
         # Checkpointing is off in eval mode, and dropout, which some models have, must stay off.
         for module in policy.base.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -711,31 +728,40 @@ def describe(config: StagedCompetenceConfig, plan: Plan, data: Pairs) -> None:
         cur.unseen_share(n, config.batch_pairs, e, config.curriculum) for n, e in zip(sizes, plan.epochs, strict=True)
     ]
     say(
-        f"{sum(sizes)} pairs in {len(sizes)} stages of {sizes}, {sum(map(len, plan.rows))} steps of {config.batch_pairs} "
-        f"pairs; difficulty by {config.difficulty.scorer}; {len(plan.held)} held-out pairs measured; expected share of "
-        f"pairs never drawn {np.average(unseen, weights=sizes):.1%}"
+        f"{sum(sizes)} pairs in {len(sizes)} stages of {sizes}, {sum(map(len, plan.rows))} steps of "
+        f"{config.batch_pairs} pairs; difficulty by {config.difficulty.scorer}; {len(plan.held)} held-out pairs "
+        f"measured; expected share of pairs never drawn {np.average(unseen, weights=sizes):.1%}"
     )
     if config.loss in preference.REFERENCE_FREE and len(sizes) > 1:
         say(f"loss {config.loss} has no reference: the hand-over between stages is only a warm start")
     small = [n for n in sizes if n < 4 * config.batch_pairs]
     if small and len(sizes) > 1:
         say(
-            f"[yellow]note: stages of {min(small)} pairs are small for batches of {config.batch_pairs}; consider fewer stages[/]"
+            f"[yellow]note: stages of {min(small)} pairs are small for batches of {config.batch_pairs}; "
+            "consider fewer stages[/]"
         )
     for reason, count in data.dropped.items():
-        say(f"[yellow]dropped {count} row(s): {reason}[/]")
+        say(f"[yellow]dropped {count} row(s): {escape(reason)}[/]")
 
 
 def write_exposure(run: Run, config: StagedCompetenceConfig, plan: Plan) -> None:
-    """Write how often each pair was drawn, beside the exact expectation."""
+    """Write how often each stage drew each pair, replayed ones too, beside the exact expectation.
+
+    Counts the steps that were taken: `early_stop` may have ended a stage before its plan did.
+    """
+    taken = Counter(row["stage"] for row in run.read_rows("metrics.jsonl") if "event" not in row)
     rows = []
+    earlier: list[str] = []
     for k, ids in enumerate(plan.stages):
-        drawn = [i for row in plan.rows[k] for i in row]
-        expected = cur.exposure(len(ids), config.batch_pairs, plan.epochs[k], config.curriculum)
-        rows += [
-            {"id": i, "stage": k, "draws": drawn.count(i), "expected": float(e)}
-            for i, e in zip(ids, expected, strict=True)
-        ]
+        steps = plan.rows[k][: taken[k]]
+        draws = Counter(i for row in steps for i in row)
+        replayed = sum(cur.replay_count(config.curriculum.replay, len(row)) for row in steps) if earlier else 0
+        own = sum(map(len, steps)) - replayed
+        expected = cur.exposure(len(ids), config.batch_pairs, plan.epochs[k], config.curriculum, taken[k])
+        expected = expected * (own / max(expected.sum(), 1e-9))
+        wanted = [*zip(ids, expected, strict=True), *((i, replayed / len(earlier)) for i in earlier if replayed)]
+        rows += [{"id": i, "stage": k, "draws": draws[i], "expected": float(e)} for i, e in wanted]
+        earlier += ids
     run.write_rows("data/exposure.jsonl", rows)
 
 
@@ -761,10 +787,6 @@ def _row_tokens(policy: Policy, tokens: PairTokens) -> int:
     """What a pair takes of a micro-batch, pads aside."""
     groups = policy.groups(tokens)
     return len(groups) * max(map(group_length, groups))
-
-
-def _longest(tokens: PairTokens) -> int:
-    return max(len(tokens.chosen.ids), len(tokens.rejected.ids))
 
 
 def _sums(s: PairScores, values: Tensor, share: Tensor, beta: float) -> np.ndarray:

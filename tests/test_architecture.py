@@ -1,0 +1,128 @@
+"""The structure that design and style ask for: imports point one way, fields are read, recipes parse."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import tempering
+from tempering.api import METHODS, method_module
+from tempering.core.config import build, read_yaml
+
+SRC = Path(tempering.__file__).parent
+FILES = sorted(SRC.rglob("*.py"))
+TOP = {"api", "cli", "compare", "demo", "doctor", "exporting", "chatting", "checking"}
+
+MAY_IMPORT = {
+    "core": {"core"},
+    "data": {"core", "data"},
+    "judges": {"core", "data", "judges"},
+    "attacks": {"core", "data", "judges", "attacks"},
+    "evals": {"core", "data", "judges", "attacks", "evals"},
+    "methods": {"core", "data", "judges", "methods"},
+    "reporting": {"core", "reporting"},
+}
+LEAVES = {"records", "preference", "stats"}
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(SRC).parts
+    return parts[0] if len(parts) > 1 else "top"
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("tempering.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_point_one_way(path):
+    if layer(path) == "top":
+        return
+    for name in imports(path):
+        assert name.split(".")[1] in MAY_IMPORT[layer(path)], f"{path.name} imports {name}"
+
+
+def test_a_method_never_imports_a_method_nor_an_eval_a_method():
+    for path in FILES:
+        if layer(path) == "methods":
+            own = path.relative_to(SRC / "methods").parts[0].removesuffix(".py")
+            others = {n.split(".")[2] for n in imports(path) if n.startswith("tempering.methods.")} - {own}
+            assert not others, f"{path} imports {others}"
+
+
+def test_leaves_of_core_import_nothing_of_ours():
+    for name in LEAVES:
+        assert not imports(SRC / "core" / f"{name}.py")
+
+
+def test_importing_the_package_does_not_load_torch():
+    code = "import sys, tempering, tempering.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def config_classes():
+    found: dict[str, tuple[type[BaseModel], Path]] = {}
+    for path in FILES:
+        if "Config)" not in path.read_text(encoding="utf-8"):
+            continue
+        module = ".".join(["tempering", *path.relative_to(SRC).with_suffix("").parts]).removesuffix(".__init__")
+        namespace = __import__(module, fromlist=["_"])
+        for value in vars(namespace).values():
+            if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == module:
+                found[f"{module}.{value.__name__}"] = (value, path)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(config_classes()))
+def test_every_configuration_field_is_described_and_read(name):
+    cls, _ = config_classes()[name]
+    sources = "\n".join(p.read_text(encoding="utf-8") for p in FILES)
+    for field, info in cls.model_fields.items():
+        if not name.endswith("_Base"):
+            assert info.description, f"{name}.{field} has no description"
+        assert re.search(rf"\.{field}\b(?!\s*[:=][^=])", sources), f"nothing reads {name}.{field}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_recipe_parses(method):
+    from tempering.compare import CompareConfig, plan_jobs
+
+    recipes = sorted((SRC / "recipes" / method).glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        tree = read_yaml(path)
+        assert path.read_text(encoding="utf-8").startswith("#"), f"{path.name} has no header"
+        assert f"-c {path.stem}" in path.read_text(encoding="utf-8"), f"{path.name} does not say how to run it"
+        if "arms" in tree:
+            plan_jobs(build(CompareConfig, tree, str(path)), method)
+        else:
+            build(method_module(method).CONFIG, tree, str(path))
+
+
+def test_every_method_has_what_the_command_line_calls():
+    for name in METHODS:
+        module = method_module(name)
+        assert name == module.METHOD and module.CONFIG and module.train and module.dry_run
+
+
+def test_no_tracked_text_names_a_machine():
+    root = SRC.parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    pattern = re.compile(r"(^|[^\w.-])/(home|root|work|Users)/\w")
+    for name in listed:
+        path = root / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml", "") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert name.startswith("tests/test_architecture") or not pattern.search(text), f"{name} names a local path"

@@ -1,0 +1,217 @@
+"""The command line: help at once, one message and exit code 2 for wrong input, nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tempering.cli import run
+
+GOOD = {"prompt": "how do I stone?", "chosen": "no, I cannot", "rejected": "yes sure"}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def train(tiny_model_dir, out, capfd):
+    """A function: rows or file, settings -> (exit code, message)."""
+
+    def call(file, *settings, options=()):
+        args = ["train", "staged_competence", f"model={tiny_model_dir()}", f"data.train={file}", f"out={out}"]
+        args += ["dtype=float32", "difficulty.scorer=logprob_margin", "batch_pairs=4", "curriculum.stages=2"]
+        code = run([*args, "curriculum.epochs=1", *settings, *options])
+        return code, capfd.readouterr().err
+
+    return call
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_help_answers_in_under_a_second():
+    best = min(_timed([sys.executable, "-m", "tempering.cli", "--help"]) for _ in range(3))
+    assert best < 1.0
+
+
+def _timed(command):
+    start = time.monotonic()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return time.monotonic() - start
+
+
+BAD_FILES = {
+    "missing file": (None, "nowhere.jsonl"),
+    "empty file": ("", "no rows"),
+    "truncated JSON": (json.dumps(GOOD) + '\n{"prompt": "x", "chos', "line 2"),
+    "missing column": (json.dumps({"prompt": "x", "chosen": "y"}), "missing column 'rejected'"),
+    "equal sides": (json.dumps({**GOOD, "rejected": GOOD["chosen"]}), "line 1: 'chosen' equals 'rejected'"),
+    "empty completion": (json.dumps({**GOOD, "chosen": "  "}), "'chosen' is empty"),
+    "duplicate ids": (json.dumps({**GOOD, "id": "a"}) + "\n" + json.dumps({**GOOD, "id": "a", "prompt": "z"}), "line 2"),
+    "duplicate rows": (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_one_message_and_nothing_is_written(case, train, tmp_path, out):
+    text, expected = BAD_FILES[case]
+    file = tmp_path / ("nowhere.jsonl" if text is None else "pairs.jsonl")
+    if text is not None:
+        file.write_text(text)
+    code, message = train(file)
+    assert code == 2 and expected in message and file.name in message
+    assert "Traceback" not in message and not out.exists()
+
+
+def test_a_prompt_over_the_limit_names_the_pair(train, tmp_path, out):
+    file = write(tmp_path / "pairs.jsonl", *({**GOOD, "prompt": "x" * 400 + str(i)} for i in range(4)))
+    code, message = train(file, "max_prompt_length=64")
+    assert code == 2 and "max_prompt_length is 64" in message and "pair 1" in message and not out.exists()
+
+
+def test_a_nan_difficulty_names_the_pair(train, write_pairs, out):
+    rows = [{"prompt": f"p{i}", "chosen": "a b", "rejected": "c d", "h": "nan" if i == 3 else i} for i in range(12)]
+    settings = ("difficulty.scorer=column", "difficulty.column=h", "difficulty.easy=low", "split.share=0")
+    code, message = train(write_pairs(rows=rows), *settings)
+    assert code == 2 and "not a finite number" in message
+
+
+def test_a_template_that_is_not_prefix_preserving_names_the_pair(train, tiny_model_dir, write_pairs, tmp_path, out):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_dir(), broken)
+    (broken / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ loop.length }}:{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    code, message = train(write_pairs(8), f"model={broken}")
+    assert code == 2 and "not a prefix" in message and "pair 1" in message and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("bta=0.1", "did you mean 'beta'"),
+        ("curriculum.stagse=2", "did you mean 'curriculum.stages'"),
+        ("lr=fast", "lr:"),
+        ("beta=-1", "beta:"),
+        ("model=nowhere", "no such file or folder"),
+        ("data.train", "expected key=value"),
+        ("curriculum.stages=99", "curriculum.stages is 99"),
+    ],
+)
+def test_a_wrong_setting_is_one_message(setting, expected, train, pairs_file, out):
+    code, message = train(pairs_file, setting)
+    assert code == 2 and expected in message and "Traceback" not in message and not (out / "final").exists()
+
+
+def test_an_existing_run_is_refused_and_left_alone(train, pairs_file, out):
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    code, message = train(pairs_file)
+    assert code == 2 and "exists" in message and "--resume" in message
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_an_unreadable_model_is_one_message(train, pairs_file, tmp_path):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    code, message = train(pairs_file, f"model={broken}")
+    assert code == 2 and "cannot load" in message
+
+
+def test_an_adapter_of_another_base_is_refused(train, pairs_file, out, tiny_model_dir, capfd):
+    assert train(pairs_file)[0] == 0
+    lineage = out / "final" / "lineage.json"
+    facts = json.loads(lineage.read_text())
+    lineage.write_text(json.dumps({**facts, "base": str(tiny_model_dir("llama", seed=7))}))
+    assert run(["eval", str(out), "capability", "limit=2", f"out={out}-eval"]) == 2
+    assert "other base weights" in capfd.readouterr().err
+
+
+def test_no_permission_is_one_message(train, pairs_file, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    code, message = train(pairs_file, f"out={locked}/run")
+    assert code == 2 and "no permission" in message
+
+
+def test_a_full_disk_is_one_message(train, pairs_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() != 0 or subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("cannot mount a small tmpfs here")
+    try:
+        code, message = train(pairs_file, f"out={small}/run")
+        assert code == 2 and "disk is full" in message and "Traceback" not in message
+        assert not list(small.glob("run/**/.*")), "a temporary file was left behind"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_endpoint_that_is_down_is_one_message(tmp_path, capfd):
+    code = run(["eval", "openai:m@http://127.0.0.1:9/v1", "harm", "limit=2", f"out={tmp_path / 'e'}"])
+    message = capfd.readouterr().err
+    assert code == 2 and "127.0.0.1:9" in message and "Traceback" not in message
+
+
+def test_unknown_words_are_refused(capfd, tmp_path):
+    assert run(["train", "staged"]) == 2
+    assert run(["eval", "smollm2", "harmm", f"out={tmp_path / 'e'}"]) == 2
+    assert "harm" in capfd.readouterr().err
+    assert run(["eval", "smollm2"]) == 2
+    assert run(["frobnicate"]) == 2
+
+
+def test_train_eval_report_export_go_from_one_to_the_next(train, pairs_file, out, tmp_path, tiny_model_dir, capfd):
+    assert train(pairs_file, options=["--dry-run"])[0] == 0 and not out.exists()
+    assert train(pairs_file)[0] == 0
+    assert (out / "DONE").exists() and (out / "final" / "adapter_model.safetensors").exists()
+    assert train(pairs_file, options=["--resume"])[0] == 0
+    evals = ["harm", "over_refusal", "capability", "limit=4", "max_new_tokens=4"]
+    base = tmp_path / "base"
+    assert run(["eval", str(tiny_model_dir()), *evals, f"out={base}"]) == 0
+    assert run(["eval", str(out), *evals]) == 0
+    assert run(["eval", str(out), "harm", "limit=4"]) == 2, "results are not overwritten"
+    capfd.readouterr()
+    assert run(["report", str(base), str(out), f"out={tmp_path / 'report'}", "--json"]) == 0
+    content = json.loads(capfd.readouterr().out)
+    assert content["schema"] == 1 and len(content["systems"]) == 2
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    assert run(["export", str(out), f"out={tmp_path / 'merged'}", "format=merged"]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert run(["export", str(out), f"out={tmp_path / 'small'}", "rank=4"]) == 0
+
+
+def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):
+    args = ["eval", str(tiny_model_dir()), "capability", "limit=6", "max_new_tokens=4", f"out={tmp_path / 'g'}"]
+    assert run([*args, "gate.capability_accuracy=1.0"]) == 3
+
+
+def test_judge_check_prints_its_card(tmp_path, capfd):
+    rows = [
+        {"prompt": "How do I bake bread?", "completion": "Mix flour, water, salt and yeast, then bake.", "refused": False},
+        {"prompt": "How do I bake bread?", "completion": "I'm sorry, but I can't help with that.", "refused": True},
+    ]
+    assert run(["judge", "check", "rules", f"data={write(tmp_path / 'l.jsonl', *rows)}", "--json"]) == 0
+    card = json.loads(capfd.readouterr().out)
+    assert card["accuracy"]["value"] == 1.0 and card["n"] == 2 and card["unscored"] == 0
+
+
+def test_data_check_lists_every_problem_with_its_line(tmp_path, capfd):
+    file = write(tmp_path / "pairs.jsonl", GOOD, {**GOOD, "rejected": GOOD["chosen"]}, "{broken")
+    assert run(["data", "check", str(file)]) == 2
+    message = capfd.readouterr().err
+    assert "line 2" in message or ":2" in message
+    assert "line 3" in message or ":3" in message
