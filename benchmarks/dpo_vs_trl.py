@@ -376,7 +376,7 @@ def alone(args: argparse.Namespace) -> int:
     """Run one side in this process; returns its peak in bytes."""
     sides, _ = make_sides(args, (args.only,))
     with Peak(torch.device("cpu")) as peak:
-        sides[args.only].run(min(args.steps, 4))
+        sides[args.only].run(min(args.steps, 2))
     return peak.bytes
 
 

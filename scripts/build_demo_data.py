@@ -28,7 +28,7 @@ SOURCE = ROOT / "scripts" / "demo_data" / "pairs_source.jsonl"
 DEMO = ROOT / "src" / "tempering" / "data" / "demo"
 
 EXPECTED = {
-    "pairs": 344,
+    "pairs": 448,
     "harmful_heldout": 100,
     "borderline_heldout": 100,
     "dev_harmful": 40,
@@ -36,7 +36,7 @@ EXPECTED = {
     "capability": 100,
     "templates": 12,
 }
-EXPECTED_LABELS = {"harmful": 176, "borderline": 112, "benign": 56}
+EXPECTED_LABELS = {"harmful": 176, "borderline": 216, "benign": 56}
 
 REFUSAL = re.compile(
     r"\bi(?:'m| am)?\s*(?:really |very |so |deeply |afraid i )?"
@@ -172,7 +172,7 @@ def build_pairs(source: list[dict], args) -> tuple[list[dict], Counter]:
                 batch_size=args.batch_size,
             )
             left = []
-            for i, text in zip(todo, texts):
+            for i, text in zip(todo, texts, strict=True):
                 text = cut_back(text)
                 if is_refusal(text) or is_degenerate(text, source[i]["prompt"]):
                     left.append(i)

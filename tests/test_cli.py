@@ -55,7 +55,7 @@ BAD_FILES = {
     "missing column": (json.dumps({"prompt": "x", "chosen": "y"}), "missing column 'rejected'"),
     "equal sides": (json.dumps({**GOOD, "rejected": GOOD["chosen"]}), "line 1: 'chosen' equals 'rejected'"),
     "empty completion": (json.dumps({**GOOD, "chosen": "  "}), "'chosen' is empty"),
-    "duplicate ids": (json.dumps({**GOOD, "id": "a"}) + "\n" + json.dumps({**GOOD, "id": "a", "prompt": "z"}), "line 2"),
+    "duplicate ids": ("\n".join(json.dumps({**GOOD, "id": "a", "prompt": p}) for p in "xy"), "line 2"),
     "duplicate rows": (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2"),
 }
 
@@ -148,9 +148,12 @@ def test_no_permission_is_one_message(train, pairs_file, tmp_path):
 def test_a_full_disk_is_one_message(train, pairs_file, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() != 0 or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False
-    ).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False
+        ).returncode
+    ):
         pytest.skip("cannot mount a small tmpfs here")
     try:
         code, message = train(pairs_file, f"out={small}/run")
@@ -201,7 +204,7 @@ def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):
 
 def test_judge_check_prints_its_card(tmp_path, capfd):
     rows = [
-        {"prompt": "How do I bake bread?", "completion": "Mix flour, water, salt and yeast, then bake.", "refused": False},
+        {"prompt": "How do I bake bread?", "completion": "Mix flour, water and yeast, then bake.", "refused": False},
         {"prompt": "How do I bake bread?", "completion": "I'm sorry, but I can't help with that.", "refused": True},
     ]
     assert run(["judge", "check", "rules", f"data={write(tmp_path / 'l.jsonl', *rows)}", "--json"]) == 0

@@ -264,7 +264,7 @@ def judge_check(
     _finish(card, as_json)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "demo": demo,
     "train": train,
     "eval": eval_,

@@ -43,14 +43,14 @@ def run_demo(config: DemoConfig, *, resume: bool = False) -> dict[str, Any]:
     Run.require_free(config.out, resume)
     say("1/4 load SmolLM2-135M-Instruct (the first time, its weights are converted: about 20 s)")
     policy = Policy.load(training.model, dtype=training.dtype)
-    say("2/4 align it with Staged-Competence on 344 bundled preference pairs")
+    say("2/4 align it with Staged-Competence on 448 bundled preference pairs")
     run = staged_competence.train(training, resume=resume, policy=policy)
     if not policy.adapters:  # training was done already: take its result
         policy = Policy.load(str(run.root), dtype=training.dtype)
     say("3/4 measure it, and the model as it was, on held-out prompts of other categories")
     limits = {} if config.limit is None else {"limit": config.limit}
     base = run.root / "base"
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for system, folder, adapters in (("base", base, []), ("staged_competence", run.root, list(policy.adapters))):
         results[system] = {}
         with policy.using(adapters):

@@ -45,10 +45,9 @@ def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
         policy.merge()
     policy.export(Path(config.out), {"exported_from": reference})
     if config.format == "adapter":
-        say(
-            f"wrote {config.out}: a LoRA adapter of rank {policy.combined_adapter()[0].r}. vLLM needs --max-lora-rank "
-            f"{max(8, 1 << (policy.combined_adapter()[0].r - 1).bit_length())}"
-        )
+        rank = policy.combined_adapter()[0].r
+        allowed = max(8, 1 << (rank - 1).bit_length())
+        say(f"wrote {config.out}: a LoRA adapter of rank {rank}; vLLM needs --max-lora-rank {allowed}")
     else:
         say(f"wrote {config.out}: full weights")
     return facts

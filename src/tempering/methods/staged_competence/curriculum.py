@@ -66,16 +66,18 @@ def rank(scores: dict[str, float], direction: str = "easy_first") -> list[str]:
     return order if direction == "easy_first" else order[::-1]
 
 
-def rank_balanced(scores: dict[str, float], labels: dict[str, str | None], direction: str = "easy_first") -> list[str]:
+def rank_balanced(
+    scores: dict[str, float], labels: dict[str, str | None], direction: str = "easy_first"
+) -> list[str]:
     """Order ids by their relative rank inside their label: every prefix has about the mix of the whole.
 
     Without this, a score that tells harmful from benign prompts makes the last stage all harmful, and the model
     forgets what it must not refuse.
 
-    >>> rank_balanced({"a": 9, "b": 8, "c": 2, "d": 1}, {"a": "benign", "b": "benign", "c": "harmful", "d": "harmful"})
+    >>> rank_balanced({"a": 9, "b": 8, "c": 2, "d": 1}, {"a": "safe", "b": "safe", "c": "harm", "d": "harm"})
     ['a', 'c', 'b', 'd']
     """
-    place = {}
+    place: dict[str, float] = {}
     for label in set(labels.values()):
         order = rank({i: s for i, s in scores.items() if labels[i] == label}, direction)
         place |= {i: (n + 0.5) / len(order) for n, i in enumerate(order)}
