@@ -113,13 +113,11 @@ def eval_(
     temper eval runs/mine harm gate.harmful_rate=0.1
     """
     from tempering.api import evaluate
-    from tempering.core.config import merge, parse_overrides, read_yaml
-    from tempering.evals import failed_gates
+    from tempering.core.config import build, merge, parse_overrides, read_yaml
+    from tempering.evals import EVALS, EvalConfig, failed_gates
 
     names = [item for item in items if "=" not in item]
     if not names:
-        from tempering.evals import EVALS
-
         raise ValueError(f"name at least one eval of {', '.join(EVALS)}")
     settings = parse_overrides([item for item in items if "=" in item])
     file = _recipe("evals", config)
@@ -130,7 +128,8 @@ def eval_(
     if not as_json:
         _print_metrics(results)
     _finish(results, as_json)
-    failures = [line for r in results.values() for line in failed_gates(r["metrics"], settings.get("gate", {}))]
+    gate = build(EvalConfig, settings, "eval settings").gate
+    failures = [line for r in results.values() for line in failed_gates(r["metrics"], gate)]
     if failures:
         _tell("gate not met: " + "; ".join(failures))
         raise typer.Exit(3)

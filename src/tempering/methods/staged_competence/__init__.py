@@ -14,34 +14,28 @@ Differs from the paper: the reference is a stack of adapters, not a merged copy 
     temper train staged_competence out=runs/mine model=smollm2 data.train=pairs.jsonl
     temper train staged_competence -c recipes/staged_competence/tiny.yaml out=runs/tiny
 
-The pure parts are `curriculum` (stages, pools, draws), `difficulty` (scores) and `core/preference.py` (losses);
-the loop is below.
+Configuration: `settings`. Pure parts: `curriculum` (stages, pools, draws), `difficulty` (scores), `kto`, and
+`core/preference.py` (losses). `plan` is what is decided before the first step. The loop is below.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
-from rich.markup import escape
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempering.core import preference
-from tempering.core.chat import PromptFormat, collate, encode, group_length
-from tempering.core.config import Config
-from tempering.core.loading import Dtype, quiet_libraries
-from tempering.core.policy import LoraSettings, Policy
+from tempering.core.chat import collate, group_length
+from tempering.core.loading import quiet_libraries
+from tempering.core.policy import Policy
 from tempering.core.preference import LossOptions, PairScores
 from tempering.core.progress import progress, say
-from tempering.core.records import PreferencePair, pair_from_row
 from tempering.core.run import Run, file_hash
 from tempering.core.training import (
     Micro,
@@ -53,115 +47,32 @@ from tempering.core.training import (
     save_checkpoint,
     step_batches,
 )
-from tempering.data.files import bundled, read_records
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence import kto
-from tempering.methods.staged_competence.curriculum import Curriculum
 from tempering.methods.staged_competence.difficulty import (
-    Difficulty,
     Logprobs,
     PairTokens,
-    check_scores,
     pair_logprobs,
     resolve_scorer,
     score_pairs,
     summary,
 )
+from tempering.methods.staged_competence.plan import (
+    Pairs,
+    Plan,
+    describe,
+    heldout_row,
+    make_plan,
+    plan_rows,
+    read_pairs,
+    scored_rows,
+    side_encoder,
+    tokenize_pairs,
+    write_exposure,
+)
+from tempering.methods.staged_competence.settings import StagedCompetenceConfig
 
 METHOD = "staged_competence"
-
-
-class Data(Config):
-    """Where the pairs come from."""
-
-    train: str = "demo"
-    """File (JSONL, Parquet, CSV), folder or Hub id of prompt/chosen/rejected rows; `demo`: the bundled ones."""
-    invalid: Literal["error", "drop"] = "error"
-    """A row that cannot be used stops the run, or is dropped and counted."""
-    share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the training pairs to use, the same in each quartile of difficulty (data efficiency)."""
-
-
-class Split(Config):
-    """What is held out, to measure margins on."""
-
-    by: Literal["prompt", "margin_rows"] = "prompt"
-    """`prompt`: all pairs of a prompt together, before scoring. `margin_rows`: the paper's, by score strata."""
-    share: float = Field(default=0.2, ge=0, lt=1)
-    """Share held out."""
-    seed: int = 42
-    """Of the split: the same for every training seed."""
-    limit: int = 64
-    """Largest number of held-out pairs that training measures itself on."""
-
-
-class StagedCompetenceConfig(Config):
-    """Configuration of `temper train staged_competence`."""
-
-    model: str = "smollm2"
-    """Start model: smollm2, a Hub id (owner/name@revision), a folder, a .gguf file, or a run."""
-    out: str = "runs/staged_competence"
-    """Run folder to make."""
-    data: Data = Data()
-    """Training pairs."""
-    limit: int | None = None
-    """Use only the first rows of the file."""
-    seed: int = 42
-    """Of adapters and draws."""
-    dtype: Dtype = "auto"
-    """Type of the base weights; auto: bfloat16 where the device computes in it."""
-    prompt_format: PromptFormat = "chat"
-    """`chat`: the tokenizer's template. `raw`: no template, as in the paper's training."""
-    max_length: int = Field(1024, gt=1)
-    """Longest prompt + completion, in tokens; longer completions are cut at their end."""
-    max_prompt_length: int = Field(512, gt=0)
-    """Longest prompt, in tokens; a row with a longer one is unusable."""
-    split: Split = Split()
-    """Held-out pairs."""
-    difficulty: Difficulty = Difficulty()
-    """How hard a pair is."""
-    curriculum: Curriculum = Curriculum()
-    """Stages, pacing, draws."""
-    reference: Literal["previous", "initial"] = "previous"
-    """`previous`: the policy as the stage began. `initial`: the start model throughout (a control)."""
-    handover: Literal["stack", "merge", "full"] = "stack"
-    """`stack`: one adapter a stage. `merge`: into the weights. `full`: all weights train, no adapter."""
-    lora: LoraSettings = LoraSettings()
-    """Shape of each adapter."""
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"] = (
-        "sigmoid"
-    )
-    """Preference loss; sigmoid is DPO."""
-    beta: float = Field(0.1, gt=0)
-    """Inverse temperature of the KL penalty."""
-    label_smoothing: float = Field(0.1, ge=0, lt=0.5)
-    """`robust`: assumed share of flipped labels."""
-    gamma: float = 1.0
-    """`simpo`: target margin."""
-    sft_weight: float = Field(0.0, ge=0)
-    """Weight of the chosen answers' negative log-likelihood (token mean over the step), added to the loss."""
-    batch_pairs: int = Field(32, gt=0)
-    """B: pairs per optimiser step, over all processes."""
-    batch_tokens: int = Field(4096, gt=0)
-    """Tokens, pads included, that are computed at a time."""
-    lr: float = Field(5e-5, gt=0)
-    """Learning rate at the start of each stage; falls linearly to zero."""
-    warmup_steps: int = Field(0, ge=0)
-    """Linear warm-up at the start of each stage."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's."""
-    clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    eval_every: int = Field(50, gt=0)
-    """Optimiser steps between measurements on held-out pairs (and at each stage's end)."""
-    early_stop: int | None = None
-    """End a stage after this many measurements without a better held-out margin."""
-    checkpoint_every: int = Field(20, gt=0)
-    """Optimiser steps between checkpoints (and at each stage's end)."""
-    report_to: str | None = None
-    """An Accelerate tracker (tensorboard, wandb, ...) beside metrics.jsonl."""
 
 
 CONFIG = StagedCompetenceConfig
@@ -198,116 +109,6 @@ def step_share(
 def first_loss_tolerance(value: float, dtype: torch.dtype) -> float:
     """How far the first loss of a stage may be from its known value (relative above one)."""
     return (1e-4 if dtype == torch.float32 else 2e-2) * max(1.0, value)
-
-
-# --- data ---------------------------------------------------------------------------------------------
-
-
-class Pairs(NamedTuple):
-    """Usable pairs by id, their tokens, and what was left out."""
-
-    pairs: dict[str, PreferencePair]
-    tokens: dict[str, PairTokens]
-    dropped: dict[str, int]
-    source: Path | str
-
-
-def data_source(train: str) -> Path | str:
-    """Where `data.train` leads: the bundled pairs for `demo`."""
-    return bundled("pairs") if train == "demo" else train
-
-
-def read_pairs(config: StagedCompetenceConfig) -> tuple[list[PreferencePair], dict[str, int]]:
-    """Read and check the rows, before any model is loaded."""
-    parsed = read_records(
-        data_source(config.data.train),
-        pair_from_row,
-        limit=config.limit,
-        invalid=config.data.invalid,
-        what="pair",
-    )
-    return parsed.records, dict(parsed.dropped)
-
-
-def side_encoder(config: StagedCompetenceConfig, policy: Policy) -> kto.EncodeSide:
-    """How a prompt and one answer become tokens in this run."""
-    return partial(
-        encode,
-        policy.tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        fmt=config.prompt_format,
-        end_ids=policy.end_ids,
-    )
-
-
-def tokenize_pairs(
-    config: StagedCompetenceConfig, policy: Policy, rows: list[PreferencePair], dropped: dict[str, int]
-) -> Pairs:
-    """Tokenize both sides of every pair.
-
-    Raises:
-        ValueError: naming the pair whose prompt is too long, or whose template cannot be masked.
-    """
-    pairs, tokens = {}, {}
-    encode_side = side_encoder(config, policy)
-    for number, pair in enumerate(rows, 1):
-        try:
-            sides = [encode_side(pair.messages, text) for text in (pair.chosen, pair.rejected)]
-            if min(side.completion_tokens for side in sides) < 1:
-                raise ValueError(f"nothing of a completion is left within max_length={config.max_length}")
-        except ValueError as error:
-            if config.data.invalid == "error":
-                where = f"{data_source(config.data.train)}: pair {number} (id {pair.id})"
-                raise ValueError(f"{where}: {error}; fix the pair or set data.invalid=drop") from None
-            say(f"[yellow]dropped pair {escape(pair.id)}: {escape(str(error))}[/]")
-            dropped["unusable as tokens"] = dropped.get("unusable as tokens", 0) + 1
-            continue
-        pairs[pair.id], tokens[pair.id] = pair, PairTokens(*sides)
-    if not pairs:
-        raise ValueError(f"{config.data.train}: no usable pair is left")
-    return Pairs(pairs, tokens, dropped, data_source(config.data.train))
-
-
-class Plan(NamedTuple):
-    """Who is held out, who is in which stage (easy to hard), and which ids each optimiser step draws."""
-
-    held: list[str]
-    scores: dict[str, float]
-    stages: list[list[str]]
-    rows: list[list[list[str]]]
-    epochs: list[int]
-
-
-def make_plan(
-    config: StagedCompetenceConfig,
-    scores: dict[str, float],
-    held: Sequence[str],
-    labels: Mapping[str, str | None] | None = None,
-) -> Plan:
-    """Rank, cut and schedule: everything that is random about the run is decided here.
-
-    Raises:
-        ValueError: fewer pairs than stages, an empty stage, or `epochs` of another length than the stages.
-    """
-    check_scores(scores)
-    if config.data.share < 1:
-        kept = cur.nested_subset(scores, config.data.share, config.split.seed)
-        scores = {i: s for i, s in scores.items() if i in kept}
-    c = config.curriculum
-    of = {i: labels.get(i) for i in scores} if labels else {}
-    balanced = c.balance and c.boundaries is None and len(set(of.values())) > 1
-    order = cur.rank_balanced(scores, of, c.direction) if balanced else cur.rank(scores, c.direction)
-    stages = cur.cut_stages(order, c.stages) if c.boundaries is None else cur.cut_at(order, scores, c.boundaries)
-    epochs = c.epochs if isinstance(c.epochs, list) else [c.epochs] * len(stages)
-    if len(epochs) != len(stages):
-        raise ValueError(f"curriculum.epochs has {len(epochs)} entries for {len(stages)} stages")
-    rows: list[list[list[str]]] = []
-    for k, ids in enumerate(stages):
-        schedule = cur.stage_schedule(len(ids), config.batch_pairs, epochs[k], c, config.seed, k)
-        drawn = [[ids[position] for position in row] for row in schedule]
-        rows.append(cur.add_replay(drawn, [i for earlier in stages[:k] for i in earlier], c.replay, config.seed, k))
-    return Plan(sorted(held), scores, stages, rows, epochs)
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -419,11 +220,11 @@ def prepare(
         run.write_json("data/difficulty.json", facts)
         for warning in facts["warnings"]:
             say(f"[yellow]warning: {warning}[/]")
-        run.write_rows("data/scored.jsonl", _scored_rows(config, data, held, scored, logp0))
+        run.write_rows("data/scored.jsonl", scored_rows(config, data, held, scored, logp0))
         run.write_rows("data/generations.jsonl", scored.generations)
-        run.write_rows("data/plan.jsonl", _plan_rows(config, plan))
+        run.write_rows("data/plan.jsonl", plan_rows(config, plan))
         if plan.held:
-            run.write_rows("data/heldout.jsonl", [_heldout_row(pairs[i]) for i in plan.held])
+            run.write_rows("data/heldout.jsonl", [heldout_row(pairs[i]) for i in plan.held])
     return processes.same((plan, logp0))  # a device's rounding must not give two processes two plans
 
 
@@ -721,50 +522,6 @@ def measure(
     }
 
 
-def describe(config: StagedCompetenceConfig, plan: Plan, data: Pairs) -> None:
-    """Say what will be trained, before it is."""
-    sizes = [len(ids) for ids in plan.stages]
-    unseen = [
-        cur.unseen_share(n, config.batch_pairs, e, config.curriculum) for n, e in zip(sizes, plan.epochs, strict=True)
-    ]
-    say(
-        f"{sum(sizes)} pairs in {len(sizes)} stages of {sizes}, {sum(map(len, plan.rows))} steps of "
-        f"{config.batch_pairs} pairs; difficulty by {config.difficulty.scorer}; {len(plan.held)} held-out pairs "
-        f"measured; expected share of pairs never drawn {np.average(unseen, weights=sizes):.1%}"
-    )
-    if config.loss in preference.REFERENCE_FREE and len(sizes) > 1:
-        say(f"loss {config.loss} has no reference: the hand-over between stages is only a warm start")
-    small = [n for n in sizes if n < 4 * config.batch_pairs]
-    if small and len(sizes) > 1:
-        say(
-            f"[yellow]note: stages of {min(small)} pairs are small for batches of {config.batch_pairs}; "
-            "consider fewer stages[/]"
-        )
-    for reason, count in data.dropped.items():
-        say(f"[yellow]dropped {count} row(s): {escape(reason)}[/]")
-
-
-def write_exposure(run: Run, config: StagedCompetenceConfig, plan: Plan) -> None:
-    """Write how often each stage drew each pair, replayed ones too, beside the exact expectation.
-
-    Counts the steps that were taken: `early_stop` may have ended a stage before its plan did.
-    """
-    taken = Counter(row["stage"] for row in run.read_rows("metrics.jsonl") if "event" not in row)
-    rows = []
-    earlier: list[str] = []
-    for k, ids in enumerate(plan.stages):
-        steps = plan.rows[k][: taken[k]]
-        draws = Counter(i for row in steps for i in row)
-        replayed = sum(cur.replay_count(config.curriculum.replay, len(row)) for row in steps) if earlier else 0
-        own = sum(map(len, steps)) - replayed
-        expected = cur.exposure(len(ids), config.batch_pairs, plan.epochs[k], config.curriculum, taken[k])
-        expected = expected * (own / max(expected.sum(), 1e-9))
-        wanted = [*zip(ids, expected, strict=True), *((i, replayed / len(earlier)) for i in earlier if replayed)]
-        rows += [{"id": i, "stage": k, "draws": draws[i], "expected": float(e)} for i, e in wanted]
-        earlier += ids
-    run.write_rows("data/exposure.jsonl", rows)
-
-
 def provenance(config: StagedCompetenceConfig, policy: Policy, data: Pairs, watch: Stopwatch) -> dict[str, Any]:
     """What `provenance.json` holds beside versions and command."""
     source = Path(str(data.source))
@@ -794,43 +551,3 @@ def _sums(s: PairScores, values: Tensor, share: Tensor, beta: float) -> np.ndarr
     chosen, rejected = beta * s.delta_chosen.detach(), beta * s.delta_rejected.detach()
     parts = [share.detach(), values.detach().sum(), chosen.sum(), rejected.sum(), (chosen > rejected).sum()]
     return np.array([*(float(p) for p in parts), float(len(values))])
-
-
-def _scored_rows(
-    config: StagedCompetenceConfig, data: Pairs, held: set[str], scored: Any, logp0: Mapping[str, Logprobs]
-) -> list[dict[str, Any]]:
-    rows = []
-    for i in sorted(data.pairs):
-        t = data.tokens[i]
-        rows.append(
-            {
-                "id": i,
-                "split": "held_out" if i in held else "train",
-                "score": scored.scores.get(i),
-                "scorer": config.difficulty.scorer,
-                "sims": scored.sims.get(i),
-                "logp0": {"chosen": logp0[i].chosen, "rejected": logp0[i].rejected} if i in logp0 else None,
-                "len": {
-                    "prompt": t.chosen.prompt_tokens,
-                    "chosen": t.chosen.completion_tokens,
-                    "rejected": t.rejected.completion_tokens,
-                },
-            }
-        )
-    return rows
-
-
-def _plan_rows(config: StagedCompetenceConfig, plan: Plan) -> list[dict[str, Any]]:
-    c = config.curriculum
-    return [
-        {
-            "stage": k, "ids": ids, "n": len(ids), "T": len(plan.rows[k]), "B": config.batch_pairs,
-            "E": plan.epochs[k], "pacing": c.pacing, "c0": c.c0, "sampling": c.sampling, "seed": config.seed,
-            "schedule_sha256": cur.schedule_hash(plan.rows[k]),
-        }
-        for k, ids in enumerate(plan.stages)
-    ]  # fmt: skip
-
-
-def _heldout_row(pair: PreferencePair) -> dict[str, Any]:
-    return {"id": pair.id, "prompt": list(pair.messages), "chosen": pair.chosen, "rejected": pair.rejected}
