@@ -9,8 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 app = typer.Typer(
     name="temper",
@@ -288,12 +288,13 @@ def run(argv: list[str]) -> int:
     try:
         result = app(args=argv, prog_name="temper", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        error.show(sys.stderr)
+    except TyperException as error:  # wrong words on the command line
+        if text := error.format_message():
+            _tell(f"error: {text} (temper --help lists what there is)")
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _tell("interrupted; the same command with --resume goes on")
         return 130
     except BaseException as error:
