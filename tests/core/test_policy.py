@@ -254,15 +254,6 @@ def test_merging_equals_stacking(tiny_policy):
     assert (logits(merged) - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_folding_equals_stacking_and_starts_the_adapter_anew(tiny_policy):
-    policy = stack(tiny_policy(), [LoraSettings(r=4)])
-    want = logits(policy)
-    policy.fold("stage_0", LoraSettings(r=4), seed=8)
-    assert policy.adapters == ["stage_0"]
-    assert (logits(policy) - want).abs().max() <= 1e-5 * want.abs().max()
-    assert all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n)
-
-
 def test_dropping_adapters_gives_the_base_back_bit_for_bit(tiny_policy):
     policy = stack(tiny_policy())
     policy.drop_adapters()

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tempering.data.split import hold_out_prompts
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence.curriculum import Curriculum
 
@@ -248,11 +249,11 @@ def test_boundaries_cut_at_scores():
 @settings(max_examples=40, deadline=None)
 @given(prompts=st.dictionaries(st.text(max_size=8), st.text(max_size=3), min_size=1, max_size=60))
 def test_held_out_prompts_do_not_leak(prompts):
-    held = cur.hold_out_prompts(prompts, 0.2, 42)
+    held = hold_out_prompts(prompts, 0.2, 42)
     plain = {i: " ".join(p.split()).casefold() for i, p in prompts.items()}
     assert not {plain[i] for i in held} & {plain[i] for i in set(prompts) - held}
     assert len({plain[i] for i in held}) == round(0.2 * len(set(plain.values())))
-    assert held == cur.hold_out_prompts(dict(reversed(prompts.items())), 0.2, 42)
+    assert held == hold_out_prompts(dict(reversed(prompts.items())), 0.2, 42)
 
 
 def test_holding_out_by_score_gives_the_published_sizes():

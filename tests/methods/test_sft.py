@@ -10,7 +10,6 @@ from tempering.core.policy import Policy, load_tensors
 from tempering.core.training import Optimisation
 from tempering.methods import sft
 from tempering.methods.sft import SftConfig, answer_from_row, nll_share, schedule
-from tempering.methods.staged_competence import curriculum
 
 ANSWERS = ["no", "I can't.", "I won't help with that.", "Sorry, no."]
 
@@ -68,12 +67,6 @@ def test_every_epoch_shows_every_answer_once_in_an_order_of_its_own():
     assert epochs[0] != epochs[1] != epochs[2]
     assert schedule(10, 4, 3, seed=1) == order != schedule(10, 4, 3, seed=2)
     assert schedule(10, 4, 2, seed=1) == order[:6]
-
-
-def test_held_out_prompts_are_those_of_staged_competence():
-    prompts = {f"id{i}": f"Question  {i % 30}" if i % 2 else f"question {i % 30}" for i in range(60)}
-    for share, seed in ((0.2, 42), (0.5, 1), (0.0, 0)):
-        assert sft.hold_out_prompts(prompts, share, seed) == curriculum.hold_out_prompts(prompts, share, seed)
 
 
 @pytest.mark.parametrize(

@@ -221,15 +221,6 @@ class Policy:
         self.adapters, self.trainable = [], None
         self.freeze()
 
-    def fold(self, name: str, settings: LoraSettings, seed: int) -> None:
-        """Add an adapter to the base weights (in float32, kept in the base dtype) and start it anew at zero."""
-        with torch.no_grad():
-            for _, layer in self.lora_layers():
-                weight = layer.get_base_layer().weight
-                weight.copy_((weight.float() + _delta(layer, name)).to(weight.dtype))
-        self.drop_adapters()
-        self.add_adapter(name, settings, seed)
-
     def before_sharding(self) -> None:
         """Keep what cannot be read from a base that is spread over processes: its fingerprint."""
         self._sharded_fingerprint = self.base_fingerprint()

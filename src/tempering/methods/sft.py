@@ -15,9 +15,8 @@ turn; earlier turns are context. Held-out prompts are those that `staged_compete
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +43,7 @@ from tempering.core.training import (
     step_batches,
 )
 from tempering.data.files import bundled, read_records
+from tempering.data.split import hold_out_prompts
 
 METHOD = "sft"
 ADAPTER = "sft"
@@ -149,17 +149,6 @@ def schedule(n: int, batch: int, epochs: int, seed: int) -> list[list[int]]:
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n).tolist()
         rows += [order[i : i + batch] for i in range(0, n, batch)]
     return rows
-
-
-def hold_out_prompts(prompts: Mapping[str, str], share: float, seed: int) -> set[str]:
-    """Choose the ids whose prompt is held out, by hash of (seed, prompt): all answers to a prompt together.
-
-    The rule of `staged_competence`, which a method may not import; a test holds the two equal.
-    """
-    plain = {i: " ".join(text.split()).casefold() for i, text in prompts.items()}
-    order = sorted(set(plain.values()), key=lambda text: _sha(f"{seed}:{text}"))
-    held = set(order[: round(share * len(order))])
-    return {i for i, text in plain.items() if text in held}
 
 
 # --- data ---------------------------------------------------------------------------------------------
@@ -423,7 +412,3 @@ def _heldout_row(answer: Answer) -> dict[str, Any]:
     if isinstance(answer, PreferencePair):
         return {**row, "chosen": answer.chosen, "rejected": answer.rejected}
     return {**row, "completion": answer.completion}
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

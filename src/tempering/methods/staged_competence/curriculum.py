@@ -281,17 +281,6 @@ def add_replay(rows: list[list[str]], earlier: Sequence[str], share: float, seed
     return out
 
 
-def hold_out_prompts(prompts: dict[str, str], share: float, seed: int) -> set[str]:
-    """Choose the ids whose prompt is held out: by hash of (seed, prompt), all pairs of a prompt together.
-
-    `prompts` maps id -> prompt text; prompts that differ in white space or case are one prompt.
-    """
-    plain = {i: " ".join(text.split()).casefold() for i, text in prompts.items()}
-    order = sorted(set(plain.values()), key=lambda text: _sha(f"{seed}:{text}"))
-    held = set(order[: round(share * len(order))])
-    return {i for i, text in plain.items() if text in held}
-
-
 def hold_out_by_score(scores: dict[str, float], share: float, seed: int) -> set[str]:
     """The paper's split: four equal strata by score, each shuffled; the last `share` of each is held out."""
     order = rank(scores)
