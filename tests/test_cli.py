@@ -218,3 +218,28 @@ def test_data_check_lists_every_problem_with_its_line(tmp_path, capfd):
     message = capfd.readouterr().err
     assert "line 2" in message or ":2" in message
     assert "line 3" in message or ":3" in message
+
+
+def test_evals_of_one_target_gather_in_one_folder_and_another_target_is_refused(tiny_model_dir, tmp_path, capfd):
+    out = tmp_path / "gathered"
+    settings = ["limit=2", "max_new_tokens=4", f"out={out}"]
+    assert run(["eval", str(tiny_model_dir()), "harm", *settings]) == 0
+    assert run(["eval", str(tiny_model_dir()), "capability", *settings]) == 0
+    assert (out / "evals" / "harm.json").exists() and (out / "evals" / "capability.json").exists()
+    assert run(["eval", str(tiny_model_dir("llama", seed=3)), "over_refusal", *settings]) == 2
+    assert "holds evals of" in capfd.readouterr().err
+
+
+def test_the_demo_runs_from_model_to_report(tiny_model_dir, tmp_path, monkeypatch, write_pairs):
+    """On a tiny random model: the same path as `temper demo`, its numbers mean nothing."""
+    from tempering import demo
+
+    settings = {**demo.read_yaml(demo.RECIPE), "model": str(tiny_model_dir()), "dtype": "float32"}
+    settings |= {"data": {"train": str(write_pairs(30))}, "out": str(tmp_path / "demo")}
+    monkeypatch.setattr(demo, "read_yaml", lambda path: settings)
+    content = demo.run_demo(demo.DemoConfig(out=str(tmp_path / "demo"), limit=3))
+    assert [system["name"] for system in content["systems"]] == ["base", "staged_competence"]
+    assert {"harmful_rate", "over_refusal_rate", "capability_accuracy"} <= set(content["systems"][1]["metrics"])
+    assert (tmp_path / "demo" / "report.html").exists()
+    again = demo.run_demo(demo.DemoConfig(out=str(tmp_path / "demo"), limit=3), resume=True)
+    assert again["systems"] == content["systems"]

@@ -21,11 +21,7 @@ class EvalRunConfig(Config):
     """What the run folder of an evaluation remembers."""
 
     target: str
-    """What was evaluated."""
-    evals: list[str]
-    """Which evals."""
-    settings: dict[str, Any]
-    """Their settings."""
+    """What was evaluated; each eval's settings are in its own file."""
 
 
 def method_module(name: str) -> ModuleType:
@@ -127,12 +123,13 @@ def _eval_run(reference: str, evals: list[str], config: Config, out: str | Path 
         stamp = content_id(reference, sorted(evals), settings)
         name = own.name if own.exists() else reference.replace("/", "--").replace(":", "-").replace("@", "-")
         folder = Path(out) if out is not None else Path("runs") / f"eval-{name}-{'-'.join(evals)}-{stamp[:8]}"
-        if (folder / "config.yaml").is_file() and Run.open(folder).config.get("method") != "eval":
+        if (folder / "config.yaml").is_file():  # more evals of one target go into one folder
             run = Run.open(folder)
+            known = run.config.get("target", reference)
+            if known != reference:
+                raise ValueError(f"{folder} holds evals of {known}, not of {reference}; give another out=DIR")
         else:
-            run = Run.create(
-                folder, "eval", EvalRunConfig(target=reference, evals=evals, settings=settings), resume=resume
-            )
+            run = Run.create(folder, "eval", EvalRunConfig(target=reference), resume=resume)
             run.write_provenance(method="eval", target=reference, judges=[], unsafe=False)
     taken = [name for name in evals if run.has(f"evals/{name}.json")]
     if taken and not resume:

@@ -19,6 +19,8 @@ from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler
 
 BASE = "base"
+NEED_PAIRS = ("separation", "depth")
+"""Evals of held-out pairs, which the run holds."""
 
 
 class Arm(Config):
@@ -92,8 +94,14 @@ def run_compare(config: CompareConfig, method: str, *, resume: bool = False) -> 
             if not policy.adapters:  # it was trained before, and only evals are missing; or all weights changed
                 policy = Policy.load(str(folder), dtype=config.dtype)
         for step in config.evals:
+            given = dict(step.settings)
+            if step.eval in NEED_PAIRS:
+                if module is None:
+                    continue  # the start model against itself
+                given.setdefault("data", str(folder / "data" / "heldout.jsonl"))
             if not Run(folder).has(f"evals/{step.eval}.json"):
-                evaluate(LocalSampler(policy), [step.eval], out=folder, resume=True, system=name, **step.settings)
+                sampler = LocalSampler(policy, name=config.model if module is None else str(folder))
+                evaluate(sampler, [step.eval], out=folder, resume=True, system=name, **given)
         if module is None:
             Run(folder).write_provenance(method="base", judges=[], unsafe=False)
             Run(folder).finish()
@@ -153,4 +161,6 @@ def _recipe_file(method: str, name: str) -> Path:
 
 def _is_complete(folder: Path, config: CompareConfig) -> bool:
     run = Run(folder)
-    return run.is_done and all(run.has(f"evals/{step.eval}.json") for step in config.evals)
+    is_base = folder.name.startswith(f"{BASE}-")
+    wanted = [step.eval for step in config.evals if not (is_base and step.eval in NEED_PAIRS)]
+    return run.is_done and all(run.has(f"evals/{name}.json") for name in wanted)

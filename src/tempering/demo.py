@@ -51,12 +51,21 @@ def run_demo(config: DemoConfig, *, resume: bool = False) -> dict[str, Any]:
     limits = {} if config.limit is None else {"limit": config.limit}
     base = run.root / "base"
     results: dict[str, dict[str, Any]] = {}
-    for system, folder, adapters in (("base", base, []), ("staged_competence", run.root, list(policy.adapters))):
+    systems = (
+        ("base", training.model, base, []),
+        ("staged_competence", str(run.root), run.root, list(policy.adapters)),
+    )
+    for system, target, folder, adapters in systems:
         results[system] = {}
         with policy.using(adapters):
             for name, given in EVALS.items():
                 done = evaluate(
-                    LocalSampler(policy), [name], out=folder, resume=True, system=system, **merge(given, limits)
+                    LocalSampler(policy, name=target),
+                    [name],
+                    out=folder,
+                    resume=True,
+                    system=system,
+                    **merge(given, limits),
                 )
                 results[system] |= done[name]["metrics"]
     say("4/4 report")

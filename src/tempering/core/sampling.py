@@ -87,9 +87,11 @@ class LocalSampler:
     batched with; in float32 neither do greedy answers (in bfloat16 a near-tie may fall otherwise).
     """
 
-    def __init__(self, policy: Policy, *, batch_rows: int = 64, fmt: PromptFormat = "chat") -> None:
+    def __init__(
+        self, policy: Policy, *, batch_rows: int = 64, fmt: PromptFormat = "chat", name: str | None = None
+    ) -> None:
         self.policy, self.batch_rows, self.fmt = policy, batch_rows, fmt
-        self.name = policy.source.reference
+        self.name = name or policy.source.reference
 
     def __call__(
         self,
