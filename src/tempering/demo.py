@@ -51,7 +51,7 @@ def run_demo(config: DemoConfig, *, resume: bool = False) -> dict[str, Any]:
     limits = {} if config.limit is None else {"limit": config.limit}
     base = run.root / "base"
     results: dict[str, dict[str, Any]] = {}
-    systems = (
+    systems: tuple[tuple[str, str, Path, list[str]], ...] = (
         ("base", training.model, base, []),
         ("staged_competence", str(run.root), run.root, list(policy.adapters)),
     )
