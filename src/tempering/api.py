@@ -11,7 +11,7 @@ from typing import Any
 from tempering.core.config import Config, build
 from tempering.core.loading import Dtype
 from tempering.core.policy import Policy
-from tempering.core.progress import Advance, progress
+from tempering.core.progress import Advance, progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler, Sampler
@@ -101,6 +101,8 @@ def evaluate(
             run_eval(name, sampler, config, run, system=system, progress=advance, resume=resume)
     if run.config.get("method") == "eval":
         run.finish()
+    if isinstance(target, str):
+        say(f"results in {run.root / 'evals'}")
     return {name: run.read_json(f"evals/{name}.json") for name in evals}
 
 
