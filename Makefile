@@ -32,7 +32,7 @@ check: install
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: install
-	$(BIN)/python benchmarks/dpo_vs_trl.py
+	$(BIN)/python benchmarks/dpo_vs_trl.py --steps 2 --pairs 5 --batch 8
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info
