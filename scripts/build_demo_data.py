@@ -6,10 +6,17 @@ kept in ``scripts/demo_data/pairs_source.jsonl``. Only the ``rejected`` side of
 the harmful pairs is sampled, from the small chat model that is being aligned,
 so that the rejected text lies on the model's own distribution. A harmful
 source line that already has ``rejected`` (a sample replaced during review)
-keeps it. Nothing here uses the network.
+keeps it, and so does a prompt that ``pairs.jsonl`` holds already (sampled and
+read before), unless ``--resample``. Nothing here uses the network.
 
     python scripts/build_demo_data.py --model PATH_TO_MODEL   # sample + check
     python scripts/build_demo_data.py --check                 # check only
+
+``pairs_smollm2.jsonl`` is the same pairs with the model's own answers to the
+harmless prompts, but for those that a reader sent back (``returned.json``):
+
+    temper data own-answers demo model=smollm2 out=runs/own
+    python scripts/build_demo_data.py --own runs/own
 """
 
 from __future__ import annotations
@@ -25,10 +32,12 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "demo_data" / "pairs_source.jsonl"
+RETURNED = ROOT / "scripts" / "demo_data" / "returned.json"
 DEMO = ROOT / "src" / "tempering" / "data" / "demo"
 
 EXPECTED = {
-    "pairs": 448,
+    "pairs": 862,
+    "pairs_smollm2": 862,
     "harmful_heldout": 100,
     "borderline_heldout": 100,
     "dev_harmful": 40,
@@ -36,7 +45,7 @@ EXPECTED = {
     "capability": 100,
     "templates": 12,
 }
-EXPECTED_LABELS = {"harmful": 176, "borderline": 216, "benign": 56}
+EXPECTED_LABELS = {"harmful": 300, "borderline": 426, "benign": 136}
 
 REFUSAL = re.compile(
     r"\bi(?:'m| am)?\s*(?:really |very |so |deeply |afraid i )?"
@@ -107,15 +116,11 @@ def cut_back(text: str) -> str:
 
 
 def load_model(name: str):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tempering.core.policy import Policy
 
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, local_files_only=True)
-    return model.eval(), tokenizer
+    policy = Policy.load(name, dtype="bfloat16")
+    policy.tokenizer.padding_side = "left"
+    return policy.model.eval(), policy.tokenizer
 
 
 def sample(model, tokenizer, prompts, *, seed, temperature, top_p, max_new_tokens, batch_size):
@@ -152,12 +157,16 @@ def sample(model, tokenizer, prompts, *, seed, temperature, top_p, max_new_token
 
 
 def build_pairs(source: list[dict], args) -> tuple[list[dict], Counter]:
-    # Reviewed harmful items are sampled too and overwritten at the end, so that
-    # replacing one of them leaves the samples of its batch unchanged.
+    shipped = args.demo / "pairs.jsonl"
+    kept = {} if args.resample or not shipped.is_file() else {r["prompt"]: r["rejected"] for r in read_jsonl(shipped)}
     written = {i: row["rejected"] for i, row in enumerate(source) if "rejected" in row}
     rejected: dict[int, str] = {}
     stats: Counter = Counter()
-    todo = [i for i, row in enumerate(source) if row["label"] == "harmful"]
+    for i, row in enumerate(source):
+        if row["label"] == "harmful" and row["prompt"] in kept:
+            rejected[i] = kept[row["prompt"]]
+            stats["kept"] += 1
+    todo = [i for i, row in enumerate(source) if row["label"] == "harmful" and i not in rejected]
     if todo:
         model, tokenizer = load_model(args.model)
         for attempt in range(1 + args.resamples):
@@ -201,6 +210,18 @@ def build_pairs(source: list[dict], args) -> tuple[list[dict], Counter]:
     return rows, stats
 
 
+def build_own(pairs: list[dict], own: list[dict], returned: set[str]) -> tuple[list[dict], Counter]:
+    """Take the model's own answers, but for those that were read and sent back."""
+    answers = {row["prompt"]: row["chosen"] for row in own if row["chosen_by"] == "model"}
+    rows, stats = [], Counter()
+    for row in pairs:
+        is_own = row["prompt"] in answers and row["prompt"] not in returned
+        stats["own" if is_own else "returned" if row["prompt"] in returned else "written"] += 1
+        chosen = answers[row["prompt"]] if is_own else row["chosen"]
+        rows.append({**row, "chosen": chosen, "chosen_by": "smollm2" if is_own else "hand"})
+    return rows, stats
+
+
 # --------------------------------------------------------------------------
 # checks
 
@@ -219,7 +240,18 @@ def check(demo: Path) -> tuple[list[str], dict[str, list[dict]]]:
 
     seen: dict[str, str] = {}
     words: list[tuple[str, str, set[str]]] = []
+    own, pairs = files.get("pairs_smollm2", []), files.get("pairs", [])
+    shared = ("prompt", "rejected", "category", "label")
+    if [[row[key] for key in shared] for row in own] != [[row[key] for key in shared] for row in pairs]:
+        problems.append("pairs_smollm2 differs from pairs in more than the chosen answers")
+    problems += [
+        f"pairs_smollm2:{number} chosen does not fit label {row['label']}"
+        for number, row in enumerate(own, 1)
+        if (row["label"] == "harmful") != is_refusal(row["chosen"])
+    ]
     for name, rows in files.items():
+        if name == "pairs_smollm2":
+            continue
         for number, row in enumerate(rows, 1):
             where = f"{name}:{number}"
             text = row["template"] if name == "templates" else row["prompt"]
@@ -302,7 +334,7 @@ def table(files: dict[str, list[dict]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="folder of the chat model to sample from")
+    parser.add_argument("--model", default="smollm2", help="model reference to sample from")
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--demo", type=Path, default=DEMO, help="folder of the shipped files")
     parser.add_argument("--seed", type=int, default=0)
@@ -311,10 +343,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=44)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--resamples", type=int, default=5, help="new tries for a refused or broken sample")
+    parser.add_argument("--resample", action="store_true", help="sample again what pairs.jsonl has already")
+    parser.add_argument("--own", type=Path, help="run folder of own answers: only write pairs_smollm2.jsonl")
     parser.add_argument("--check", action="store_true", help="only check the shipped files")
     args = parser.parse_args(argv)
 
-    if not args.check:
+    if args.own:
+        returned = set(json.loads(RETURNED.read_text(encoding="utf-8")))
+        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), read_jsonl(args.own / "pairs.jsonl"), returned)
+        write_jsonl(args.demo / "pairs_smollm2.jsonl", rows)
+        print("chosen of pairs_smollm2:", dict(stats))
+    elif not args.check:
         rows, stats = build_pairs(read_jsonl(args.source), args)
         # By content hash: the first rows of the file (`limit=96`) are a fair sample of its labels and categories.
         rows.sort(key=lambda row: hashlib.sha256(row["prompt"].encode()).hexdigest())

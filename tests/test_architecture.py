@@ -15,7 +15,7 @@ from tempering.core.config import build, read_yaml
 
 SRC = Path(tempering.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
-TOP = {"api", "cli", "compare", "demo", "doctor", "exporting", "chatting", "checking"}
+TOP = {"api", "cli", "compare", "demo", "doctor", "exporting", "chatting", "checking", "answering"}
 
 MAY_IMPORT = {
     "core": {"core"},
@@ -129,3 +129,26 @@ def test_no_tracked_text_names_a_machine():
             assert name.startswith("tests/test_architecture") or not pattern.search(text), (
                 f"{name} names a local path"
             )
+
+
+def arms_of(name):
+    from tempering.compare import CompareConfig, plan_jobs
+
+    config = build(CompareConfig, read_yaml(SRC / "recipes" / "staged_competence" / f"{name}.yaml"), name)
+    return config, {job: settings for job, module, settings in plan_jobs(config, "staged_competence") if module}
+
+
+@pytest.mark.parametrize("name", ["compare", "losses"])
+def test_the_arms_of_a_comparison_differ_in_what_they_do_not_share(name):
+    config, arms = arms_of(name)
+    plain = [str(s.model_dump(exclude={"out", "seed"})) for job, s in arms.items() if job.endswith("seed0")]
+    assert len(plain) == len(set(plain)) > 9
+    for settings in arms.values():
+        assert settings.lr == config.shared["lr"] and settings.data.train == config.shared["data"]["train"]
+
+
+def test_a_control_keeps_what_makes_it_one():
+    """`shared` once overrode the recipes: the random control was the method itself, which it therefore matched."""
+    _, arms = arms_of("compare")
+    assert arms["control_random_buckets-seed0"].difficulty.scorer == "random"
+    assert arms["control_low_beta-seed0"].beta == pytest.approx(arms["staged_competence-seed0"].beta / 3, rel=1e-3)

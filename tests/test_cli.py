@@ -23,8 +23,8 @@ def out(tmp_path):
 def train(tiny_model_dir, out, capfd):
     """A function: rows or file, settings -> (exit code, message)."""
 
-    def call(file, *settings, options=()):
-        args = ["train", "staged_competence", f"model={tiny_model_dir()}", f"data.train={file}", f"out={out}"]
+    def call(file, *settings, options=(), family="llama"):
+        args = ["train", "staged_competence", f"model={tiny_model_dir(family)}", f"data.train={file}", f"out={out}"]
         args += ["dtype=float32", "difficulty.scorer=logprob_margin", "batch_pairs=4", "curriculum.stages=2"]
         code = run([*args, "curriculum.epochs=1", *settings, *options])
         return code, capfd.readouterr().err
@@ -195,6 +195,15 @@ def test_train_eval_report_export_go_from_one_to_the_next(train, pairs_file, out
     assert run(["export", str(out), f"out={tmp_path / 'merged'}", "format=merged"]) == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert run(["export", str(out), f"out={tmp_path / 'small'}", "rank=4"]) == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "gpt_neox"])
+def test_other_families_train_and_are_evaluated(family, train, pairs_file, out):
+    assert train(pairs_file, family=family)[0] == 0
+    settings = ["attacks=[direct,prefill]", "limit=3", "max_new_tokens=4"]
+    assert run(["eval", str(out), "harm", "over_refusal", "capability", "separation", "depth", *settings]) == 0
+    prefilled = json.loads((out / "evals" / "harm.json").read_text())["metrics"]["attack_success_rate/prefill"]
+    assert prefilled["n"] == 3
 
 
 def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):

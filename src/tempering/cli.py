@@ -235,6 +235,28 @@ def data_check(
         raise typer.Exit(2)
 
 
+@data_app.command("own-answers")
+def data_own_answers(
+    file: Annotated[str, typer.Argument(help="A file, folder or Hub id of labelled pairs, or `demo`.")],
+    items: Overrides = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Replace the chosen answers of harmless pairs by the start model's own, screened for refusals.
+
+    Settings: model=smollm2 labels=[borderline,benign] out=DIR judge=rules temperature=0.3 tries=3 seed=N.
+
+    Example: temper data own-answers pairs.jsonl model=smollm2 out=runs/own
+    """
+    from tempering.answering import OwnAnswersConfig, run_own_answers
+
+    result = run_own_answers(file, _config(OwnAnswersConfig, None, items), resume=resume)
+    if not as_json:
+        _tell(f"{result['replaced']} of {result['asked']} answers are the model's own now: {result['file']}")
+    _finish(result, as_json)
+
+
 @judge_app.command("check")
 def judge_check(
     judge: Annotated[str, typer.Argument(help="rules, openai:MODEL@URL, classifier:MODEL_ID or guard:MODEL_ID.")],

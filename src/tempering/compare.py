@@ -29,9 +29,10 @@ class Arm(Config):
     name: str
     """Row in the report; the run folder is arms/NAME-seedS."""
     recipe: str | None = None
-    """Bundled recipe (METHOD/NAME, or NAME of the method compared) that it starts from; null: the defaults."""
+    """Bundled recipe (METHOD/NAME, or NAME of the method compared) laid on `shared`; null: none. `METHOD/`: that
+    method with `shared` alone."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Settings on top of recipe and `shared`."""
+    """Settings on top of both."""
 
 
 class EvalStep(Config):
@@ -51,7 +52,7 @@ class CompareConfig(Config):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds; the split and the scoring are the same for all."""
     shared: dict[str, Any] = Field(default_factory=dict)
-    """Settings of every arm."""
+    """Settings of every arm whose recipe does not say otherwise; those that its method has."""
     evals: tuple[EvalStep, ...] = ()
     """What every arm, and the start model, is measured with."""
     model: str = "smollm2"
@@ -129,8 +130,9 @@ def plan_jobs(config: CompareConfig, method: str) -> list[tuple[str, Any, Config
             folder, _, recipe = (arm.recipe or "").rpartition("/")
             name = folder or method
             module = method_module(name)
-            tree = read_yaml(_recipe_file(name, recipe)) if recipe else {}
-            tree = merge(tree, _fitting(config.shared, module.CONFIG))
+            # The recipe has the last word over what is shared: it is what makes an arm a control.
+            tree = _fitting(config.shared, module.CONFIG)
+            tree = merge(tree, read_yaml(_recipe_file(name, recipe)) if recipe else {})
             tree = merge(tree, arm.overrides)
             tree |= {
                 "model": config.model,

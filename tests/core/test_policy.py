@@ -283,3 +283,12 @@ def test_default_targets_follow_the_architecture(tiny_policy):
 def test_a_target_that_no_layer_has_is_an_error(tiny_policy):
     with pytest.raises(ValueError, match=r"lora.target_modules \['nobody'\]"):
         tiny_policy().add_adapter("a", LoraSettings(target_modules=["nobody"]), seed=1)
+
+
+@pytest.mark.parametrize(("family", "per_block"), [("llama", 7), ("gpt_neox", 4)])
+def test_all_linear_adapts_every_linear_layer_but_the_head_in_each_stacked_adapter(tiny_policy, family, per_block):
+    policy = tiny_policy(family)
+    for name in ("a", "b"):
+        policy.add_adapter(name, LoraSettings(r=2, target_modules="all-linear"), seed=1)
+        adapted = [layer for _, layer in policy.lora_layers() if name in layer.lora_A]
+        assert len(adapted) == 2 * per_block

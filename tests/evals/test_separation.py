@@ -67,7 +67,7 @@ def test_it_finds_what_training_measured_on_the_same_pairs(run):
     metrics, trained = {k: m["value"] for k, m in result.metrics.items()}, last_heldout(run)
     for mine, theirs in (
         ("margin_raw", "margin_raw"), ("margin_stage", "margin_stage"), ("margin_initial", "margin_initial"),
-        ("pair_accuracy", "accuracy"), ("logprob_chosen", "logp_chosen"), ("logprob_rejected", "logp_rejected"),
+        ("pair_accuracy", "accuracy"), ("logprob_chosen", "logprob_chosen"), ("logprob_rejected", "logprob_rejected"),
     ):  # fmt: skip
         assert metrics[mine] == pytest.approx(trained[theirs], abs=1e-3), mine
     assert metrics["margin_initial"] > metrics["margin_stage"] > 0

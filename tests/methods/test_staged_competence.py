@@ -74,12 +74,6 @@ def test_every_loss_trains_from_its_start_value_to_an_adapter(settings, loss):
     assert not torch.allclose(logits(policy), logits(Policy.load(config.model, dtype="float32")))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "gpt_neox"])
-def test_other_architectures_train(settings, family):
-    run = train(settings(family=family))
-    assert run.is_done and weights(run)
-
-
 @pytest.mark.parametrize("scorer", ["random", "column"])
 def test_other_scorers_order_the_stages(settings, scorer):
     column = {"column": "hardness", "easy": "low"} if scorer == "column" else {}
@@ -246,7 +240,7 @@ def test_other_hand_overs_train_and_make_plain_weights(settings, handover, refer
     held = sorted(row["id"] for row in run.read_rows("data/heldout.jsonl"))
     scored = sc.pair_logprobs(policy, {i: data.tokens[i] for i in held}, "test", batch_tokens=4096, cached=False)
     mean = sum(s.chosen for s in scored.values()) / len(scored)
-    assert mean == pytest.approx(heldout(run)[-1]["logp_chosen"], abs=2e-3)
+    assert mean == pytest.approx(heldout(run)[-1]["logprob_chosen"], abs=2e-3)
 
 
 def test_stacking_and_merging_train_the_same_policy(settings):
@@ -624,3 +618,30 @@ def test_two_processes_train_the_same_weights_as_one(settings, command, changes)
     for x, y in zip(steps(one), steps(two), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-4)
     assert json.loads((two.root / "final" / "lineage.json").read_text())["method"] == "staged_competence"
+
+
+# --- the mix of labels --------------------------------------------------------------------------------
+
+
+def labelled(count):
+    return [
+        {"prompt": f"p {i}", "chosen": "good", "rejected": "bad", "label": "harmful" if i % 2 else "benign"}
+        for i in range(count)
+    ]
+
+
+def test_a_smaller_mix_is_part_of_a_larger_and_other_labels_stay_whole(settings, write_pairs):
+    data = {"train": str(write_pairs(name="mix.jsonl", rows=labelled(40)))}
+    kept = {}
+    for share in (1.0, 0.6, 0.3, 0.0):
+        pairs, _ = sc.read_pairs(settings(data={**data, "mix": {"harmful": share}}))
+        kept[share] = {pair.text for pair in pairs if pair.label == "harmful"}
+        assert len(kept[share]) == 20 * share and len(pairs) == 20 + 20 * share
+    assert kept[0.3] < kept[0.6] < kept[1.0]
+
+
+@pytest.mark.parametrize("mix", [{"harmful": 1.5}, {"unheard": 0.5}])
+def test_a_mix_that_cannot_be_names_the_label(settings, write_pairs, mix):
+    data = {"train": str(write_pairs(name="mix.jsonl", rows=labelled(8))), "mix": mix}
+    with pytest.raises(ValueError, match=rf"data.mix.{next(iter(mix))}=.* one of the labels benign, harmful"):
+        sc.read_pairs(settings(data=data))

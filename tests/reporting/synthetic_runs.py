@@ -94,7 +94,7 @@ def write_training(root, *, stages=3, steps=40, pairs=60, seed=0):
             lines.append({
                 "event": "heldout", "step": step, "stage": stage, "margin_stage": 0.6 * t / steps,
                 "margin_initial": 0.01 * step, "margin_raw": 3 + step / 20, "accuracy": 0.7,
-                "logp_chosen": -40 - step / 30, "logp_rejected": -44 - step / 10,
+                "logprob_chosen": -40 - step / 30, "logprob_rejected": -44 - step / 10,
             })  # fmt: skip
     scores = {f"p{i:04d}": rng.gauss(0.1, 0.2) for i in range(stages * pairs)}
     ranked = sorted(scores, key=lambda p: -scores[p])

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tempering.core.chat import Encoded, group_length
 from tempering.core.config import Config
@@ -46,8 +47,9 @@ class LoraSettings(Config):
     """Rank."""
     alpha: float = 32
     """Scale: the update is alpha / r * B A (alpha / sqrt(r) B A with `rslora`)."""
-    target_modules: list[str] | None = None
-    """Linear layers to adapt; null: q_proj and v_proj, or what PEFT names for an architecture without them."""
+    target_modules: list[str] | Literal["all-linear"] | None = None
+    """Linear layers to adapt, or `all-linear`: all but the output layer; null: q_proj and v_proj, or what PEFT
+    names for an architecture without them."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha / sqrt(r)."""
 
@@ -138,6 +140,8 @@ class Policy:
             ValueError: no layer of the model has one of the target names.
         """
         targets = settings.target_modules or default_targets(self.base)
+        if targets == "all-linear":
+            targets = all_linear(self.base)
         config = LoraConfig(
             r=settings.r,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
@@ -401,6 +405,20 @@ def default_targets(model: Any) -> list[str]:
     if not known:
         raise ValueError(f"no default LoRA layers for {model.config.model_type}; set lora.target_modules")
     return list(known)
+
+
+def all_linear(model: Any) -> list[str]:
+    """Return the last names of all linear layers but the output layer, adapted already or not, sorted.
+
+    PEFT's own `all-linear` would find the parts of earlier adapters too.
+    """
+    head = model.get_output_embeddings()
+    found = set()
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, (LoraLayer, nn.Linear, Conv1D))
+        if is_linear and module is not head and ".lora_" not in name and not name.endswith(".base_layer"):
+            found.add(name.rsplit(".", 1)[-1])
+    return sorted(found)
 
 
 def public_base(source: ModelSource) -> tuple[str, str | None]:

@@ -26,6 +26,7 @@ from tempering.data.formats import READERS, Scanned, at, without_nan
 
 BUNDLED = (
     "pairs",
+    "pairs_smollm2",
     "harmful_heldout",
     "borderline_heldout",
     "capability",
@@ -33,6 +34,7 @@ BUNDLED = (
     "dev_harmful",
     "dev_borderline",
 )
+DEMO_FILES = {"demo": "pairs", "demo_smollm2": "pairs_smollm2"}
 OnTrouble = Literal["error", "drop"]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.:-]+))?")
 SPLITS = re.compile(r"(?:^|[._/-])(train|test|validation|valid|val|dev|eval)(?=$|[._/-])")
@@ -55,6 +57,14 @@ def bundled(name: str) -> Path:
     if name not in BUNDLED:
         raise ValueError(f"no bundled data called {name!r}; expected one of {', '.join(BUNDLED)}")
     return Path(str(importlib.resources.files("tempering.data") / "demo" / f"{name}.jsonl"))
+
+
+def training_file(train: str) -> str | Path:
+    """Where `data.train` leads: a bundled file for `demo` and `demo_smollm2`, else what was given.
+
+    `demo_smollm2` holds the same prompts as `demo`, with smollm2's own answers to the harmless ones.
+    """
+    return bundled(DEMO_FILES[train]) if train in DEMO_FILES else train
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

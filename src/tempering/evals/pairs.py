@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tempering.core.records import PreferencePair, content_id, pair_from_row
 from tempering.core.run import Run, file_hash
-from tempering.data.files import bundled, read_records
+from tempering.data.files import read_records, training_file
 from tempering.evals.settings import EvalConfig
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def pairs_file(config: EvalConfig, run: Run | None) -> str | Path:
         ValueError: neither `data=` nor the target's training says.
     """
     if config.data is not None:
-        return bundled("pairs") if config.data == "demo" else config.data
+        return training_file(config.data)
     if run is not None and run.has("data/heldout.jsonl"):
         return run.root / "data" / "heldout.jsonl"
     raise ValueError(

@@ -42,7 +42,7 @@ from tempering.core.training import (
     save_checkpoint,
     step_batches,
 )
-from tempering.data.files import bundled, read_records
+from tempering.data.files import DEMO_FILES, read_records, training_file
 from tempering.data.split import hold_out_prompts
 
 METHOD = "sft"
@@ -53,7 +53,7 @@ class Data(Config):
     """Where the answers come from."""
 
     train: str = "demo"
-    """File, folder or Hub id of prompt/completion, messages or prompt/chosen/rejected rows; `demo`: bundled pairs."""
+    """File, folder or Hub id of prompt/completion, messages or prompt/chosen/rejected rows, or `demo`."""
     invalid: Literal["error", "drop"] = "error"
     """A row that cannot be used stops the run, or is dropped and counted."""
 
@@ -181,11 +181,6 @@ def text_of(answer: Answer) -> str:
     return answer.chosen if isinstance(answer, PreferencePair) else answer.completion
 
 
-def data_source(train: str) -> Path | str:
-    """Where `data.train` leads: the bundled pairs for `demo`."""
-    return bundled("pairs") if train == "demo" else train
-
-
 def tokenize(config: SftConfig, policy: Policy, rows: Sequence[Answer], dropped: dict[str, int]) -> Answers:
     """Tokenize every prompt with its answer.
 
@@ -208,7 +203,7 @@ def tokenize(config: SftConfig, policy: Policy, rows: Sequence[Answer], dropped:
                 raise ValueError(f"nothing of the answer is left within max_length={config.max_length}")
         except ValueError as error:
             if config.data.invalid == "error":
-                where = f"{data_source(config.data.train)}: row {number} (id {row.id})"
+                where = f"{training_file(config.data.train)}: row {number} (id {row.id})"
                 raise ValueError(f"{where}: {error}; fix the row or set data.invalid=drop") from None
             found.dropped["unusable as tokens"] = found.dropped.get("unusable as tokens", 0) + 1
             continue
@@ -274,7 +269,7 @@ def prepare(config: SftConfig, policy: Policy | None = None) -> tuple[Policy, An
     Raises:
         FileNotFoundError, ValueError: wrong input.
     """
-    source = data_source(config.data.train)
+    source = training_file(config.data.train)
     rows, dropped = read_records(source, answer_from_row, limit=config.limit, invalid=config.data.invalid)
     # In bfloat16 most updates of a full fine-tuning are smaller than what the weights can represent.
     dtype: Dtype = "float32" if config.adaptation == "full" and config.dtype == "auto" else config.dtype
@@ -386,7 +381,7 @@ def measure(config: SftConfig, policy: Policy, rows: Sequence[Encoded]) -> float
 
 def provenance(config: SftConfig, policy: Policy, data: Answers, watch: Stopwatch) -> dict[str, Any]:
     """What `provenance.json` holds beside versions and command."""
-    source = Path(str(data_source(config.data.train)))
+    source = Path(str(training_file(config.data.train)))
     return {
         "method": METHOD,
         "model": policy.source.to_row(),
@@ -396,7 +391,7 @@ def provenance(config: SftConfig, policy: Policy, data: Answers, watch: Stopwatc
         "inputs": {str(source): file_hash(source)} if source.is_file() else {},
         "dropped": data.dropped,
         "judges": [],
-        "data_licences": ["Apache-2.0"] if config.data.train == "demo" else [],
+        "data_licences": ["Apache-2.0"] if config.data.train in DEMO_FILES else [],
         "unsafe": False,
         "cost": watch.phases,
     }

@@ -44,8 +44,12 @@ METRICS: dict[str, Meaning] = {
     "margin_raw": Meaning("Raw margin", "higher", False),
     "margin_per_token": Meaning("Margin per token", "higher", False),
     "kl_initial": Meaning("KL to start model", None, False),
-    "logp_chosen": Meaning("Log-prob. of chosen", None, False),
-    "logp_rejected": Meaning("Log-prob. of rejected", None, False),
+    "logprob_chosen": Meaning("Log-prob. of chosen", None, False),
+    "logprob_rejected": Meaning("Log-prob. of rejected", None, False),
+    "depth_0.5": Meaning("Tokens to half of the fall", "higher", False),
+    "depth_0.9": Meaning("Tokens to nine tenths of the fall", "higher", False),
+    "cumulative_delta": Meaning("Fall over all tokens (nats)", None, False),
+    "rejected_suppression": Meaning("Fall of rejected answers", "higher", False),
 }
 """In the order in which a report shows them. `NAME/PART` and `NAME@EVAL` read like `NAME`."""
 

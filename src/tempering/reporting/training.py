@@ -87,7 +87,7 @@ def heldout_panels(heldout: Sequence[Row]) -> list[tuple[str, list[Line]]]:
         _line(heldout, "margin_initial", 1, "over start model"),
         _line(heldout, "margin_stage", 2, "over stage reference", breaks=True),
     ]
-    logprobs = [_line(heldout, "logp_chosen", 1, "chosen"), _line(heldout, "logp_rejected", 2, "rejected")]
+    logprobs = [_line(heldout, "logprob_chosen", 1, "chosen"), _line(heldout, "logprob_rejected", 2, "rejected")]
     return [("Held-out margin (nats)", margins), ("Held-out log-probability (nats)", logprobs)]
 
 

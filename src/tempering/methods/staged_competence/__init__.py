@@ -47,6 +47,7 @@ from tempering.core.training import (
     save_checkpoint,
     step_batches,
 )
+from tempering.data.files import DEMO_FILES
 from tempering.data.split import hold_out_prompts
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence import kto
@@ -522,8 +523,8 @@ def measure(
         "margin_stage": margin(held_ref),
         "margin_initial": margin(logp0),
         "accuracy": float(np.mean([v.chosen > v.rejected for v in now.values()])),
-        "logp_chosen": float(np.mean([v.chosen for v in now.values()])),
-        "logp_rejected": float(np.mean([v.rejected for v in now.values()])),
+        "logprob_chosen": float(np.mean([v.chosen for v in now.values()])),
+        "logprob_rejected": float(np.mean([v.rejected for v in now.values()])),
     }
 
 
@@ -539,7 +540,7 @@ def provenance(config: StagedCompetenceConfig, policy: Policy, data: Pairs, watc
         "inputs": {str(data.source): file_hash(source)} if source.is_file() else {},
         "dropped": data.dropped,
         "judges": [],
-        "data_licences": ["Apache-2.0"] if config.data.train == "demo" else [],
+        "data_licences": ["Apache-2.0"] if config.data.train in DEMO_FILES else [],
         "unsafe": False,
         "cost": watch.phases,
     }

@@ -15,9 +15,9 @@ from tempering.core import preference
 from tempering.core.chat import encode
 from tempering.core.policy import Policy
 from tempering.core.progress import say
-from tempering.core.records import PreferencePair, pair_from_row
+from tempering.core.records import PreferencePair, content_id, pair_from_row
 from tempering.core.run import Run
-from tempering.data.files import bundled, read_records
+from tempering.data.files import read_records, training_file
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence import kto
 from tempering.methods.staged_competence.difficulty import Logprobs, PairTokens, Scored, check_scores
@@ -33,21 +33,32 @@ class Pairs(NamedTuple):
     source: Path | str
 
 
-def data_source(train: str) -> Path | str:
-    """Where `data.train` leads: the bundled pairs for `demo`."""
-    return bundled("pairs") if train == "demo" else train
-
-
 def read_pairs(config: StagedCompetenceConfig) -> tuple[list[PreferencePair], dict[str, int]]:
     """Read and check the rows, before any model is loaded."""
     parsed = read_records(
-        data_source(config.data.train),
+        training_file(config.data.train),
         pair_from_row,
         limit=config.limit,
         invalid=config.data.invalid,
         what="pair",
     )
-    return parsed.records, dict(parsed.dropped)
+    return mixed(parsed.records, config.data.mix), dict(parsed.dropped)
+
+
+def mixed(pairs: list[PreferencePair], mix: Mapping[str, float]) -> list[PreferencePair]:
+    """Keep the given share of the pairs of each label, by hash of the id: a smaller share is part of a larger.
+
+    Raises:
+        ValueError: a share outside [0, 1], or a label that no pair has.
+    """
+    left_out: set[str] = set()
+    for label, share in mix.items():
+        own = sorted((pair.id for pair in pairs if pair.label == label), key=content_id)
+        if not own or not 0 <= share <= 1:
+            found = ", ".join(sorted({str(pair.label) for pair in pairs}))
+            raise ValueError(f"data.mix.{label}={share}: expected a share from 0 to 1, of one of the labels {found}")
+        left_out |= set(own[round(share * len(own)) :])
+    return [pair for pair in pairs if pair.id not in left_out]
 
 
 def side_encoder(config: StagedCompetenceConfig, policy: Policy) -> kto.EncodeSide:
@@ -79,7 +90,7 @@ def tokenize_pairs(
                 raise ValueError(f"nothing of a completion is left within max_length={config.max_length}")
         except ValueError as error:
             if config.data.invalid == "error":
-                where = f"{data_source(config.data.train)}: pair {number} (id {pair.id})"
+                where = f"{training_file(config.data.train)}: pair {number} (id {pair.id})"
                 raise ValueError(f"{where}: {error}; fix the pair or set data.invalid=drop") from None
             say(f"[yellow]dropped pair {escape(pair.id)}: {escape(str(error))}[/]")
             dropped["unusable as tokens"] = dropped.get("unusable as tokens", 0) + 1
@@ -87,7 +98,7 @@ def tokenize_pairs(
         pairs[pair.id], tokens[pair.id] = pair, PairTokens(*sides)
     if not pairs:
         raise ValueError(f"{config.data.train}: no usable pair is left")
-    return Pairs(pairs, tokens, dropped, data_source(config.data.train))
+    return Pairs(pairs, tokens, dropped, training_file(config.data.train))
 
 
 class Plan(NamedTuple):

@@ -18,9 +18,13 @@ class Data(Config):
     """Where the pairs come from."""
 
     train: str = "demo"
-    """File (JSONL, Parquet, CSV), folder or Hub id of prompt/chosen/rejected rows; `demo`: the bundled ones."""
+    """File (JSONL, Parquet, CSV), folder or Hub id of prompt/chosen/rejected rows; bundled: `demo`, and
+    `demo_smollm2` with that model's own answers to harmless prompts."""
     invalid: Literal["error", "drop"] = "error"
     """A row that cannot be used stops the run, or is dropped and counted."""
+    mix: dict[str, float] = Field(default_factory=dict)
+    """Share of the pairs of a label to use, such as {harmful: 0.6}; other labels whole. Fewer harmful pairs are
+    less over-refusal and more harm."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of the training pairs to use, the same in each quartile of difficulty (data efficiency)."""
 
