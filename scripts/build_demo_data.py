@@ -17,6 +17,9 @@ harmless prompts, but for those that a reader sent back (``returned.json``):
 
     temper data own-answers demo model=smollm2 out=runs/own
     python scripts/build_demo_data.py --own runs/own
+
+What was sent back was sampled and read once more (``seed=1 temperature=0.4``);
+of several folders the later wins.
 """
 
 from __future__ import annotations
@@ -344,13 +347,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--resamples", type=int, default=5, help="new tries for a refused or broken sample")
     parser.add_argument("--resample", action="store_true", help="sample again what pairs.jsonl has already")
-    parser.add_argument("--own", type=Path, help="run folder of own answers: only write pairs_smollm2.jsonl")
+    parser.add_argument("--own", type=Path, nargs="+", help="folders of own answers: only write pairs_smollm2.jsonl")
     parser.add_argument("--check", action="store_true", help="only check the shipped files")
     args = parser.parse_args(argv)
 
     if args.own:
         returned = set(json.loads(RETURNED.read_text(encoding="utf-8")))
-        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), read_jsonl(args.own / "pairs.jsonl"), returned)
+        own = [row for folder in args.own for row in read_jsonl(folder / "pairs.jsonl")]
+        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), own, returned)
         write_jsonl(args.demo / "pairs_smollm2.jsonl", rows)
         print("chosen of pairs_smollm2:", dict(stats))
     elif not args.check:

@@ -43,7 +43,7 @@ def run_demo(config: DemoConfig, *, resume: bool = False) -> dict[str, Any]:
     Run.require_free(config.out, resume)
     say("1/4 load SmolLM2-135M-Instruct (the first time, its weights are converted: about 20 s)")
     policy = Policy.load(training.model, dtype=training.dtype)
-    say("2/4 align it with Staged-Competence on 448 bundled preference pairs")
+    say("2/4 align it with Staged-Competence on the bundled preference pairs")
     run = staged_competence.train(training, resume=resume, policy=policy)
     if not policy.adapters:  # training was done already: take its result
         policy = Policy.load(str(run.root), dtype=training.dtype)
