@@ -160,7 +160,7 @@ def test_reference_passes_are_never_more_than_the_distinct_pairs_drawn(settings,
         asked.append((what, len(tokens)))
         return score(policy, tokens, what, **kwargs)
 
-    monkeypatch.setattr(sc, "pair_logprobs", count)
+    monkeypatch.setattr(sc.reference, "pair_logprobs", count)
     run = train(settings())
     exposure = run.read_rows("data/exposure.jsonl")
     drawn = sum(row["stage"] == 1 and row["draws"] > 0 for row in exposure)

@@ -15,7 +15,8 @@ Differs from the paper: the reference is a stack of adapters, not a merged copy 
     temper train staged_competence -c recipes/staged_competence/tiny.yaml out=runs/tiny
 
 Configuration: `settings`. Pure parts: `curriculum` (stages, pools, draws), `difficulty` (scores), `kto`, and
-`core/preference.py` (losses). `plan` is what is decided before the first step. The loop is below.
+`core/preference.py` (losses). `plan` is what is decided before the first step, `reference` what a stage is
+measured against. The loop is below.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ from tempering.core.training import (
 from tempering.data.files import DEMO_FILES
 from tempering.data.split import hold_out_prompts
 from tempering.methods.staged_competence import curriculum as cur
-from tempering.methods.staged_competence import kto
 from tempering.methods.staged_competence.difficulty import (
     Logprobs,
     PairTokens,
@@ -68,15 +68,13 @@ from tempering.methods.staged_competence.plan import (
     plan_rows,
     read_pairs,
     scored_rows,
-    side_encoder,
     tokenize_pairs,
     write_exposure,
 )
+from tempering.methods.staged_competence.reference import kto_partners, measure, stage_reference
 from tempering.methods.staged_competence.settings import StagedCompetenceConfig
 
 METHOD = "staged_competence"
-
-
 CONFIG = StagedCompetenceConfig
 
 
@@ -368,79 +366,6 @@ def begin_stage(config: StagedCompetenceConfig, policy: Policy, k: int, *, resto
                 module.training = True
 
 
-def stage_reference(
-    config: StagedCompetenceConfig,
-    policy: Policy,
-    tokens: Mapping[str, PairTokens],
-    k: int,
-    start: Mapping[str, Logprobs],
-    run: Run,
-    processes: Processes,
-    watch: Stopwatch,
-    *,
-    kind: str = "logprobs",
-) -> Mapping[str, Logprobs]:
-    """Reference log-probabilities of every pair that the stage draws: one pass, kept in the run.
-
-    `start` holds those of the start model, which serve the first stage; `kind` names the file.
-    """
-    wanted = set(tokens)
-    if config.reference == "initial" or (k == 0 and wanted <= set(start)) or config.loss in preference.REFERENCE_FREE:
-        return start
-    name = f"data/reference_{kind}.jsonl"
-    mark = (
-        f"full:{k}"
-        if config.handover == "full"
-        else f"{policy.base_fingerprint()[:16]}:{policy.adapter_hash(policy.adapters[:-1])}"
-    )
-    known = run.read_rows(name) if run.has(name) else []
-    found = {r["id"]: Logprobs(*r["logprobs"]) for r in known if r["stage"] == k and r["reference_hash"] == mark}
-    found = processes.same(found)
-    if wanted <= set(found):
-        return found
-    with watch.timed("reference", sum(len(side.ids) for pair in tokens.values() for side in pair)):
-        if config.handover == "full":
-            found = pair_logprobs(
-                policy, tokens, f"reference of stage {k + 1}", batch_tokens=config.batch_tokens, cached=False
-            )
-        else:
-            with policy.reference():
-                found = pair_logprobs(
-                    policy,
-                    tokens,
-                    f"reference of stage {k + 1}",
-                    batch_tokens=config.batch_tokens,
-                    cached=False,
-                )
-    if processes.is_main:
-        kept = [r for r in known if r["stage"] != k]
-        run.write_rows(
-            name,
-            [
-                *kept,
-                *({"id": i, "stage": k, "reference_hash": mark, "logprobs": found[i]} for i in sorted(found)),
-            ],
-        )
-    return processes.same(found)
-
-
-def kto_partners(
-    config: StagedCompetenceConfig, policy: Policy, data: Pairs, plan: Plan
-) -> tuple[list[dict[str, PairTokens]], list[dict[str, Logprobs]]]:
-    """For `kto`: each stage's mismatched rows, and their log-probabilities where the start model is the reference."""
-    stages: list[dict[str, PairTokens]] = [{} for _ in plan.stages]
-    start: list[dict[str, Logprobs]] = [{} for _ in plan.stages]
-    if config.loss != "kto":
-        return stages, start
-    for k, rows in enumerate(plan.rows):
-        drawn = [data.pairs[i] for i in sorted({i for row in rows for i in row})]
-        stages[k] = kto.mismatched(drawn, config.seed, k, side_encoder(config, policy))
-        if k == 0 or config.reference == "initial":
-            what = f"mismatched answers of stage {k + 1}"
-            start[k] = pair_logprobs(policy, stages[k], what, batch_tokens=config.batch_tokens, cached=True)
-    return stages, start
-
-
 def kto_step_kl(
     config: StagedCompetenceConfig,
     policy: Policy,
@@ -497,35 +422,6 @@ def check_first_loss(config: StagedCompetenceConfig, k: int, value: float, dtype
         raise RuntimeError(
             f"first loss of stage {k} is {value:.6f}, expected {want:.6f}: the reference is not the policy's start"
         )
-
-
-def measure(
-    config: StagedCompetenceConfig,
-    policy: Policy,
-    data: Pairs,
-    plan: Plan,
-    held_ref: Mapping[str, Logprobs],
-    logp0: Mapping[str, Logprobs],
-) -> tuple[dict[str, Logprobs], dict[str, float]]:
-    """Margins on held-out pairs: raw (policy only), against the stage's reference, and against the start model."""
-    tokens = {i: data.tokens[i] for i in plan.held}
-    now = pair_logprobs(policy, tokens, "held-out pairs", batch_tokens=config.batch_tokens, cached=False, quiet=True)
-
-    def margin(ref: Mapping[str, Logprobs]) -> float:
-        return float(
-            np.mean(
-                [config.beta * ((now[i].chosen - ref[i].chosen) - (now[i].rejected - ref[i].rejected)) for i in now]
-            )
-        )
-
-    return now, {
-        "margin_raw": float(np.mean([v.chosen - v.rejected for v in now.values()])),
-        "margin_stage": margin(held_ref),
-        "margin_initial": margin(logp0),
-        "accuracy": float(np.mean([v.chosen > v.rejected for v in now.values()])),
-        "logprob_chosen": float(np.mean([v.chosen for v in now.values()])),
-        "logprob_rejected": float(np.mean([v.rejected for v in now.values()])),
-    }
 
 
 def provenance(config: StagedCompetenceConfig, policy: Policy, data: Pairs, watch: Stopwatch) -> dict[str, Any]:
