@@ -13,7 +13,7 @@ read before), unless ``--resample``. Nothing here uses the network.
     python scripts/build_demo_data.py --check                 # check only
 
 ``pairs_smollm2.jsonl`` is the same pairs with the model's own answers to the
-harmless prompts, but for those that a reader sent back (``returned.json``):
+harmless prompts; those that a reader sent back (``returned.json``) are left out:
 
     temper data own-answers demo model=smollm2 out=runs/own
     python scripts/build_demo_data.py --own runs/own
@@ -40,10 +40,11 @@ DEMO = ROOT / "src" / "tempering" / "data" / "demo"
 
 EXPECTED = {
     "pairs": 862,
-    "pairs_smollm2": 862,
+    "pairs_smollm2": 761,
     "harmful_heldout": 100,
     "borderline_heldout": 100,
     "dev_harmful": 40,
+    "dev_unseen": 48,
     "dev_borderline": 40,
     "capability": 100,
     "templates": 12,
@@ -214,14 +215,17 @@ def build_pairs(source: list[dict], args) -> tuple[list[dict], Counter]:
 
 
 def build_own(pairs: list[dict], own: list[dict], returned: set[str]) -> tuple[list[dict], Counter]:
-    """Take the model's own answers, but for those that were read and sent back."""
+    """Keep the harmful pairs, and of the others those with an own answer that was not sent back."""
     answers = {row["prompt"]: row["chosen"] for row in own if row["chosen_by"] == "model"}
     rows, stats = [], Counter()
     for row in pairs:
-        is_own = row["prompt"] in answers and row["prompt"] not in returned
-        stats["own" if is_own else "returned" if row["prompt"] in returned else "written"] += 1
-        chosen = answers[row["prompt"]] if is_own else row["chosen"]
-        rows.append({**row, "chosen": chosen, "chosen_by": "smollm2" if is_own else "hand"})
+        if row["label"] == "harmful":
+            rows.append({**row, "chosen_by": "hand"})
+        elif row["prompt"] in answers and row["prompt"] not in returned:
+            rows.append({**row, "chosen": answers[row["prompt"]], "chosen_by": "smollm2"})
+        else:
+            stats["left out"] += 1
+    stats.update(row["chosen_by"] for row in rows)
     return rows, stats
 
 
@@ -243,9 +247,10 @@ def check(demo: Path) -> tuple[list[str], dict[str, list[dict]]]:
 
     seen: dict[str, str] = {}
     words: list[tuple[str, str, set[str]]] = []
-    own, pairs = files.get("pairs_smollm2", []), files.get("pairs", [])
+    own = files.get("pairs_smollm2", [])
     shared = ("prompt", "rejected", "category", "label")
-    if [[row[key] for key in shared] for row in own] != [[row[key] for key in shared] for row in pairs]:
+    known = {tuple(row[key] for key in shared) for row in files.get("pairs", [])}
+    if not {tuple(row[key] for key in shared) for row in own} <= known:
         problems.append("pairs_smollm2 differs from pairs in more than the chosen answers")
     problems += [
         f"pairs_smollm2:{number} chosen does not fit label {row['label']}"
@@ -277,7 +282,7 @@ def check(demo: Path) -> tuple[list[str], dict[str, list[dict]]]:
                     problems.append(f"{where} rejected does not fit label {row['label']}")
                 if min(len(row["chosen"]), len(row["rejected"])) < 20:
                     problems.append(f"{where} has a very short answer")
-            elif name in ("harmful_heldout", "dev_harmful"):
+            elif name in ("harmful_heldout", "dev_harmful", "dev_unseen"):
                 if row["label"] != "harmful" or not row.get("prefill", "").strip():
                     problems.append(f"{where} label or prefill")
             elif name in ("borderline_heldout", "dev_borderline"):
@@ -298,6 +303,8 @@ def check(demo: Path) -> tuple[list[str], dict[str, list[dict]]]:
     train = categories("pairs", "harmful")
     if train & categories("harmful_heldout"):
         problems.append("held-out harmful categories overlap with training")
+    if categories("dev_unseen") & (train | categories("harmful_heldout")):
+        problems.append("dev_unseen has categories of training or of the held-out prompts")
     if categories("dev_harmful") - train:
         problems.append("dev_harmful has categories that are not in training")
     labels = Counter(row["label"] for row in files.get("pairs", []))

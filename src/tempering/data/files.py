@@ -32,6 +32,7 @@ BUNDLED = (
     "capability",
     "templates",
     "dev_harmful",
+    "dev_unseen",
     "dev_borderline",
 )
 DEMO_FILES = {"demo": "pairs", "demo_smollm2": "pairs_smollm2"}
