@@ -202,6 +202,7 @@ def test_other_families_train_and_are_evaluated(family, train, pairs_file, out):
     assert train(pairs_file, family=family)[0] == 0
     settings = ["attacks=[direct,prefill]", "limit=3", "max_new_tokens=4"]
     assert run(["eval", str(out), "harm", "over_refusal", "capability", "separation", "depth", *settings]) == 0
+    assert run(["report", str(out)]) == 0
     prefilled = json.loads((out / "evals" / "harm.json").read_text())["metrics"]["attack_success_rate/prefill"]
     assert prefilled["n"] == 3
 
@@ -252,3 +253,49 @@ def test_the_demo_runs_from_model_to_report(tiny_model_dir, tmp_path, monkeypatc
     assert (tmp_path / "demo" / "report.html").exists()
     again = demo.run_demo(demo.DemoConfig(out=str(tmp_path / "demo"), limit=3), resume=True)
     assert again["systems"] == content["systems"]
+
+
+# --- resuming something else than what was started ----------------------------------------------------
+
+
+def test_wrong_settings_leave_no_folder_behind(train, pairs_file, out):
+    for setting in ("curriculum.stages=50", "split.share=0.99", "difficulty.scorer=column"):
+        assert train(pairs_file, setting)[0] == 2 and not out.exists(), setting
+
+
+def test_a_changed_training_file_is_not_resumed(train, write_pairs, out):
+    rows = [json.loads(line) for line in write_pairs().read_text().splitlines()]
+    assert train(write_pairs())[0] == 0
+    (out / "DONE").unlink()
+    code, message = train(
+        write_pairs(rows=[{**rows[0], "chosen": "no, and no again"}, *rows[1:]]), options=["--resume"]
+    )
+    assert code == 2 and "pairs.jsonl has changed since this run started" in message
+    assert train(write_pairs(rows=rows), options=["--resume"])[0] == 0
+
+
+def test_a_moved_run_folder_is_resumed(train, pairs_file, out, tmp_path):
+    assert train(pairs_file)[0] == 0
+    (out / "DONE").unlink()
+    moved = out.rename(tmp_path / "moved")
+    assert train(pairs_file, f"out={moved}", options=["--resume"])[0] == 0
+
+
+def test_old_results_are_not_passed_off_as_those_of_other_settings(tiny_model_dir, tmp_path, capfd):
+    args = ["eval", str(tiny_model_dir()), "capability", "max_new_tokens=4", f"out={tmp_path / 'e'}"]
+    assert run([*args, "limit=4"]) == 0
+    assert run([*args, "limit=4", "--resume"]) == 0
+    assert run([*args, "limit=3", "--resume"]) == 2
+    assert "capability.json was made with limit=4, not 3" in capfd.readouterr().err
+
+
+def test_a_mapping_without_its_space_says_so(train, pairs_file):
+    code, message = train(pairs_file, "data.mix={harmful:0.5}")
+    assert code == 2 and "needs a space after each colon" in message
+
+
+def test_chat_survives_bytes_that_are_no_text(tiny_model_dir, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    assert run(["chat", str(tiny_model_dir()), "max_new_tokens=2"]) == 0

@@ -68,8 +68,8 @@ def run_own_answers(file: str, config: OwnAnswersConfig, *, resume: bool = False
     pairs: list[PreferencePair] = read_records(path, pair_from_row, what="pair").records
     todo = [pair for pair in pairs if pair.label in config.labels]
     if not todo:
-        found = sorted({str(pair.label) for pair in pairs})
-        raise ValueError(f"{file}: no pair is labelled {' or '.join(config.labels)}; found {', '.join(found)}")
+        found = ", ".join(sorted({pair.label for pair in pairs if pair.label})) or "no row with a 'label'"
+        raise ValueError(f"{file}: no pair is labelled {' or '.join(config.labels)}; found {found}")
     judge = load_judge(config.judge, "refused")
     sampler = load(config.model)
     run = Run.create(config.out, "own_answers", config, resume=resume)

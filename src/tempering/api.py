@@ -94,6 +94,8 @@ def evaluate(
     reference = target if isinstance(target, str) else target.name
     run = _eval_run(reference, list(evals), config, out, resume)
     pending = [name for name in evals if not (resume and run.has(f"evals/{name}.json"))]
+    for name in set(evals) - set(pending):
+        _require_settings(run, name, config)
     sampler = load(target) if isinstance(target, str) and pending else target
     for name in pending:
         assert not isinstance(sampler, str)
@@ -139,6 +141,20 @@ def _eval_run(reference: str, evals: list[str], config: Config, out: str | Path 
             f"{run.root / 'evals' / taken[0]}.json exists; give out=DIR, or --resume to keep what is there"
         )
     return run
+
+
+def _require_settings(run: Run, name: str, config: Config) -> None:
+    """Refuse to pass off old results as those of other settings.
+
+    Raises:
+        ValueError: a result that is there was made with other settings.
+    """
+    old, new = run.read_json(f"evals/{name}.json")["settings"], config.model_dump(mode="json")
+    for key in new:
+        if key != "gate" and old.get(key, new[key]) != new[key]:
+            raise ValueError(
+                f"{run.root}/evals/{name}.json was made with {key}={old[key]}, not {new[key]}; give another out=DIR"
+            )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from pydantic import Field
@@ -35,6 +36,8 @@ def run_chat(target: str, config: ChatConfig) -> None:
     """
     sampler = load(target)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     turns: list[dict[str, str]] = [{"role": "system", "content": config.system}] if config.system else []
     if interactive:
         say(f"{sampler.name}; an empty line ends")

@@ -331,7 +331,8 @@ def _explain(error: BaseException) -> int:
     text = str(error).strip() or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         _tell(
-            f"error: the disk is full ({_file(error)}); free some space, then the same command with --resume goes on"
+            f"error: the disk is full ({_file(error)}); free some space, then run the same command again "
+            "(with --resume where it has that)"
         )
         return 2
     if isinstance(error, PermissionError):

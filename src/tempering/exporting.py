@@ -12,7 +12,6 @@ from torch import Tensor
 from tempering.core.config import Config
 from tempering.core.policy import Policy
 from tempering.core.progress import say
-from tempering.core.run import Run
 
 
 class ExportConfig(Config):
@@ -33,7 +32,8 @@ def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
         FileExistsError: `out` holds something.
         ValueError: there is no adapter to export.
     """
-    Run.require_free(config.out, resume=False)
+    if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
+        raise FileExistsError(f"{config.out} exists; give another folder with out=DIR")
     policy = Policy.load(reference, dtype="float32")
     if config.format == "adapter" and not policy.adapters:
         raise ValueError(f"{reference} has no adapter (full weights); use format=merged")

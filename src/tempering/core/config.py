@@ -49,6 +49,8 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
             value = parse_value(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{key}: cannot read {text!r} as a value ({_first_line(error)})") from error
+        if isinstance(value, dict) and any(v is None and ":" in str(k) for k, v in value.items()):
+            raise ValueError(f"{key}: {text!r} needs a space after each colon, as in '{key}={{name: 1}}'")
         *parents, leaf = key.strip().split(".")
         node = tree
         for parent in parents:

@@ -78,7 +78,7 @@ def say(text: str = "") -> None:
 def metrics_table(columns: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str | None = None) -> None:
     """Print metrics with their intervals, one column a system (or eval), one row a metric."""
     table = Table(title=title, title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right")
     for metric in dict.fromkeys(m for column in columns.values() for m in column):

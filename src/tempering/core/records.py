@@ -207,6 +207,8 @@ def pair_from_row(row: Mapping[str, Any]) -> PreferencePair:
         if row.get(key) is None:
             raise ValueError(f"missing column '{key}'; found {_columns(row)}")
     messages, chosen, rejected = _split_pair(row)
+    if not messages[-1]["content"].strip():
+        raise ValueError("'prompt' is empty")
     for key, side in (("chosen", chosen), ("rejected", rejected)):
         if not side.strip():
             raise ValueError(f"'{key}' is empty")

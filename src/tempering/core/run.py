@@ -142,6 +142,20 @@ class Run:
         """Write versions, device and command, and what the caller adds (input hashes, licences, `unsafe`)."""
         self.write_json("provenance.json", {**environment(), **facts})
 
+    def require_inputs(self, digest: str, source: object) -> None:
+        """Keep a digest of the data that the run started with; with another one it cannot go on.
+
+        Raises:
+            ValueError: the data are not those that the run started with.
+        """
+        name = "data/inputs.json"
+        if not self.has(name):
+            self.write_json(name, {"source": str(source), "digest": digest})
+        elif self.read_json(name)["digest"] != digest:
+            raise ValueError(
+                f"--resume {self.root}: {source} has changed since this run started; restore it, or give out=DIR"
+            )
+
     def finish(self) -> None:
         """Mark the run complete. Nothing is written after this but evals and reports."""
         self.write_text("DONE", time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
@@ -223,6 +237,8 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _require_equal(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, prefix: str = "") -> None:
     for key in [*old, *(k for k in new if k not in old)]:
         a, b = old.get(key), new.get(key)
+        if prefix + key == "out":  # the folder may have been moved, or spelt otherwise
+            continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             _require_equal(a, b, root, f"{prefix}{key}.")
         elif a != b:

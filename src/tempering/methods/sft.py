@@ -32,7 +32,7 @@ from tempering.core.loading import Dtype
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.progress import progress, say
-from tempering.core.records import LabelledCompletion, PreferencePair, labelled_from_row, pair_from_row
+from tempering.core.records import LabelledCompletion, PreferencePair, content_id, labelled_from_row, pair_from_row
 from tempering.core.run import Run, file_hash
 from tempering.core.training import (
     Optimisation,
@@ -230,6 +230,9 @@ def train(config: SftConfig, *, resume: bool = False, policy: Policy | None = No
     if run.is_done:
         say(f"{run.root} is done already")
         return run
+    if processes.is_main:
+        rows = [[i, answer.messages, text_of(answer)] for i, answer in sorted(data.answers.items())]
+        run.require_inputs(content_id(rows), training_file(config.data.train))
     measured = held[: config.split.limit]
     describe(config, data, ids, held)
     if processes.is_main and measured:

@@ -58,6 +58,7 @@ def page(
         main=main,
         series=series,
         summary=_summary_metrics(systems),
+        judged_by=lambda key: sorted({s.metrics[key].judge or "" for s in systems if key in s.metrics} - {""}),
         metrics=sorted({m for s in systems for m in s.metrics}, key=metric_order),
         safety=[Markup(svg) for svg in _safety(systems, series)],
         comparisons=_comparisons(comparisons),

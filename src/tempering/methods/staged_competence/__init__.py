@@ -63,12 +63,14 @@ from tempering.methods.staged_competence.plan import (
     Pairs,
     Plan,
     describe,
+    digest,
     heldout_row,
     make_plan,
     plan_rows,
     read_pairs,
     scored_rows,
     tokenize_pairs,
+    trial_plan,
     write_exposure,
 )
 from tempering.methods.staged_competence.reference import kto_partners, measure, stage_reference
@@ -131,6 +133,7 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
     policy = policy or Policy.load(config.model, dtype=config.dtype)
     data = tokenize_pairs(config, policy, records, dropped)
     config = resolved(config, policy)
+    trial_plan(config, policy, data)  # what cannot be planned fails before anything is written
     processes = Processes(policy.device, config.report_to)
     if processes.shards and config.handover != "stack":
         raise ValueError(f"handover={config.handover} changes weights that FSDP2 shards; use handover=stack, or DDP")
@@ -139,6 +142,8 @@ def train(config: StagedCompetenceConfig, *, resume: bool = False, policy: Polic
     if run.is_done:
         say(f"{run.root} is done already")
         return run
+    if processes.is_main:
+        run.require_inputs(digest(data), data.source)
     watch = Stopwatch()
     with watch.timed("scoring"):
         plan, logp0 = prepare(config, policy, data, run, processes)
@@ -165,16 +170,14 @@ def dry_run(config: StagedCompetenceConfig) -> dict[str, Any]:
     policy = Policy.load(config.model, dtype=config.dtype)
     data = tokenize_pairs(config, policy, records, dropped)
     config = resolved(config, policy)
-    # Difficulty needs the model's answers or likelihoods; sizes and steps do not.
-    held = hold_out_prompts({i: p.text for i, p in data.pairs.items()}, config.split.share, config.split.seed)
-    fake = {i: float(n) for n, i in enumerate(sorted(set(data.tokens) - held))}
-    plan = make_plan(config, fake, sorted(held), {i: p.label for i, p in data.pairs.items()})
+    plan = trial_plan(config, policy, data)
     describe(config, plan, data)
     steps = sum(map(len, plan.rows))
     mean = float(np.mean([len(t.chosen.ids) + len(t.rejected.ids) for t in data.tokens.values()]))
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     facts = {
-        "pairs": len(data.pairs), "held_out": len(held), "stages": [len(ids) for ids in plan.stages], "steps": steps,
+        "pairs": len(data.pairs), "held_out": len(plan.held), "steps": steps,
+        "stages": [len(ids) for ids in plan.stages],
         "training_tokens": round(mean * sum(len(row) for rows in plan.rows for row in rows)),
         "weights_gb": round(weights / 1e9, 3), "dtype": config.dtype, "scorer": config.difficulty.scorer,
         "dropped": data.dropped,
@@ -203,8 +206,6 @@ def prepare(
     if by_prompt:
         held = hold_out_prompts({i: p.text for i, p in pairs.items()}, config.split.share, config.split.seed)
     to_score = [pairs[i] for i in sorted(pairs) if i not in held]
-    if not to_score:
-        raise ValueError(f"split.share={config.split.share} leaves no pair to train on")
     measured = sorted(held)[: config.split.limit]
     wanted = set(measured)
     if config.difficulty.scorer == "logprob_margin" or config.reference == "initial" or not by_prompt:

@@ -341,11 +341,17 @@ def _own_answers(policy: Policy, prompts: Sequence[Prompt], settings: Difficulty
 def _column_score(pair: PreferencePair, settings: Difficulty) -> float:
     if settings.column is None or settings.easy is None:
         raise ValueError("difficulty.scorer=column needs difficulty.column=NAME and difficulty.easy=high or low")
-    value = pair.extra.get(settings.column)
+    if settings.column not in pair.extra:
+        found = ", ".join(pair.extra) or "none beside the pair itself"
+        raise ValueError(f"pair {pair.id} ({pair.text[:40]!r}) has no column '{settings.column}'; it has: {found}")
+    value = pair.extra[settings.column]
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"pair {pair.id}: column '{settings.column}' is {value!r}, not a number") from None
+        raise ValueError(
+            f"pair {pair.id} ({pair.text[:40]!r}): column '{settings.column}' is {value!r}, not a number; "
+            "give it one, or leave the row out"
+        ) from None
     return number if settings.easy == "high" else -number
 
 

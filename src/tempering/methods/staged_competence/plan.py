@@ -18,9 +18,10 @@ from tempering.core.progress import say
 from tempering.core.records import PreferencePair, content_id, pair_from_row
 from tempering.core.run import Run
 from tempering.data.files import read_records, training_file
+from tempering.data.split import hold_out_prompts
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence import kto
-from tempering.methods.staged_competence.difficulty import Logprobs, PairTokens, Scored, check_scores
+from tempering.methods.staged_competence.difficulty import Logprobs, PairTokens, Scored, check_scores, score_pairs
 from tempering.methods.staged_competence.settings import StagedCompetenceConfig
 
 
@@ -55,10 +56,16 @@ def mixed(pairs: list[PreferencePair], mix: Mapping[str, float]) -> list[Prefere
     for label, share in mix.items():
         own = sorted((pair.id for pair in pairs if pair.label == label), key=content_id)
         if not own or not 0 <= share <= 1:
-            found = ", ".join(sorted({str(pair.label) for pair in pairs}))
+            found = ", ".join(sorted({pair.label for pair in pairs if pair.label})) or "none: no row has a 'label'"
             raise ValueError(f"data.mix.{label}={share}: expected a share from 0 to 1, of one of the labels {found}")
         left_out |= set(own[round(share * len(own)) :])
     return [pair for pair in pairs if pair.id not in left_out]
+
+
+def digest(data: Pairs) -> str:
+    """Hash what a run trains on: a run that goes on must see the same."""
+    rows = [[i, p.messages, p.chosen, p.rejected, p.label, str(p.extra)] for i, p in sorted(data.pairs.items())]
+    return content_id(rows)
 
 
 def side_encoder(config: StagedCompetenceConfig, policy: Policy) -> kto.EncodeSide:
@@ -109,6 +116,22 @@ class Plan(NamedTuple):
     stages: list[list[str]]
     rows: list[list[list[str]]]
     epochs: list[int]
+
+
+def trial_plan(config: StagedCompetenceConfig, policy: Policy, data: Pairs) -> Plan:
+    """Plan as `prepare` does, but for scores that need the model: sizes and steps do not depend on those.
+
+    Raises:
+        ValueError: split, stages or scores that do not fit the data.
+    """
+    held = hold_out_prompts({i: p.text for i, p in data.pairs.items()}, config.split.share, config.split.seed)
+    left = [data.pairs[i] for i in sorted(set(data.tokens) - held)]
+    if not left:
+        raise ValueError(f"split.share={config.split.share} leaves no pair to train on")
+    is_column = config.difficulty.scorer == "column"
+    scores = score_pairs(policy, left, config.difficulty, {}).scores if is_column else {}
+    scores = scores or {pair.id: float(n) for n, pair in enumerate(left)}
+    return make_plan(config, scores, sorted(held), {i: p.label for i, p in data.pairs.items()})
 
 
 def make_plan(
