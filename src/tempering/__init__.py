@@ -3,7 +3,7 @@
 run = tempering.train("staged_competence", {"data": {"train": "pairs.jsonl"}, "out": "runs/mine"})
 tempering.evaluate("runs/mine", ["harm", "over_refusal", "capability"])
 tempering.report(["runs/mine"])
-answer = tempering.load("runs/mine")
+model = tempering.load("runs/mine")
 """
 
 from __future__ import annotations

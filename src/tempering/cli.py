@@ -144,6 +144,8 @@ def report(
 ) -> None:
     """Put runs side by side: report.html, report.json and model cards.
 
+    Settings: out=DIR (default: the first run) title=TEXT.
+
     Example: temper report runs/base runs/mine out=runs/report
     """
     from tempering.api import report as make
@@ -167,6 +169,8 @@ def export(
 ) -> None:
     """Write one PEFT adapter on the public base, or merged weights.
 
+    Settings: out=DIR format=adapter|merged rank=N (adapter: compress by SVD; the error is printed).
+
     Examples:
     temper export runs/mine out=exports/mine
 
@@ -185,6 +189,8 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
+
+    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT.
 
     Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
     """
@@ -217,6 +223,9 @@ def data_check(
 ) -> None:
     """List everything that is wrong with a data file, with line numbers.
 
+    Settings: kind=auto|pairs|labelled|messages|prompts; lengths in tokens with model=MODEL max_length=N
+    max_prompt_length=N.
+
     Example: temper data check pairs.jsonl model=smollm2 max_length=1024
     """
     from tempering.checking import CheckConfig, run_check
@@ -245,7 +254,8 @@ def data_own_answers(
 ) -> None:
     """Replace the chosen answers of harmless pairs by the start model's own, screened for refusals.
 
-    Settings: model=smollm2 labels=[borderline,benign] out=DIR judge=rules temperature=0.3 tries=3 seed=N.
+    Settings: model=smollm2 labels=[borderline,benign] out=DIR judge=rules max_new_tokens=56 temperature=0.3
+    tries=3 seed=N.
 
     Example: temper data own-answers pairs.jsonl model=smollm2 out=runs/own
     """
