@@ -110,8 +110,10 @@ def test_column_scores_need_a_direction_and_numbers():
         scores(pairs, Difficulty(scorer="column", column="hard"))
     for wrong in (None, "hard", [1]):
         bad = pair(prompt="c?", hard=wrong)
-        with pytest.raises(ValueError, match=f"pair {bad.id}: column 'hard' is .*, not a number"):
+        with pytest.raises(ValueError, match=f"pair {bad.id} .*: column 'hard' is .*, not a number"):
             scores([*pairs, bad], Difficulty(scorer="column", column="hard", easy="low"))
+    with pytest.raises(ValueError, match="has no column 'harrd'; it has: hard"):
+        scores(pairs, Difficulty(scorer="column", column="harrd", easy="low"))
     with pytest.raises(ValueError, match="not a finite number"):
         scores([*pairs, pair(prompt="c?", hard="nan")], Difficulty(scorer="column", column="hard", easy="low"))
 
