@@ -73,7 +73,7 @@ from tempering.methods.staged_competence.plan import (
     trial_plan,
     write_exposure,
 )
-from tempering.methods.staged_competence.reference import kto_partners, measure, stage_reference
+from tempering.methods.staged_competence.reference import check_first_loss, kto_partners, measure, stage_reference
 from tempering.methods.staged_competence.settings import StagedCompetenceConfig
 
 METHOD = "staged_competence"
@@ -106,15 +106,6 @@ def step_share(
     if weight:
         share = share - weight * s.chosen.sum() / totals.chosen_tokens
     return share, values
-
-
-def first_loss_tolerance(value: float, dtype: torch.dtype, beta: float) -> float:
-    """How far the first loss of a stage may be from its known value (relative above one).
-
-    Log-probabilities depend on the batch that they are computed in, by some 0.1 nats in bfloat16; the loss sees
-    beta times that, and the specified tolerance is for beta 0.1.
-    """
-    return (1e-4 if dtype == torch.float32 else 2e-2) * max(1.0, value) * max(1.0, beta / 0.1)
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -408,21 +399,6 @@ def micro_scores(
     zero = Logprobs(0.0, 0.0, 1, 1)  # losses without reference do not read it
     ref = torch.tensor([reference.get(i, zero)[:2] for i in ids], device=policy.device)
     return PairScores(chosen, rejected, ref[:, 0], ref[:, 1], chosen_tokens, rejected_tokens)
-
-
-def check_first_loss(config: StagedCompetenceConfig, k: int, value: float, dtype: torch.dtype) -> None:
-    """Stop a run whose reference is not the policy that the stage began with.
-
-    Raises:
-        RuntimeError: the first pair loss of a stage is not its known value.
-    """
-    if config.reference == "initial" and k > 0:
-        return
-    want = preference.start_value(config.loss, config.beta)
-    if want is not None and not abs(value - want) <= first_loss_tolerance(want, dtype, config.beta):  # NaN fails too
-        raise RuntimeError(
-            f"first loss of stage {k} is {value:.6f}, expected {want:.6f}: the reference is not the policy's start"
-        )
 
 
 def provenance(config: StagedCompetenceConfig, policy: Policy, data: Pairs, watch: Stopwatch) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 import numpy as np
+import torch
 
 from tempering.core import preference
 from tempering.core.policy import Policy
@@ -72,6 +73,30 @@ def kto_partners(
             what = f"mismatched answers of stage {k + 1}"
             start[k] = pair_logprobs(policy, stages[k], what, batch_tokens=config.batch_tokens, cached=True)
     return stages, start
+
+
+def first_loss_tolerance(value: float, dtype: torch.dtype, beta: float) -> float:
+    """How far the first loss of a stage may be from its known value (relative above one).
+
+    Log-probabilities depend on the batch that they are computed in, by some 0.1 nats in bfloat16; the loss sees
+    beta times that, and the specified tolerance is for beta 0.1.
+    """
+    return (1e-4 if dtype == torch.float32 else 2e-2) * max(1.0, value) * max(1.0, beta / 0.1)
+
+
+def check_first_loss(config: StagedCompetenceConfig, k: int, value: float, dtype: torch.dtype) -> None:
+    """Stop a run whose reference is not the policy that the stage began with.
+
+    Raises:
+        RuntimeError: the first pair loss of a stage is not its known value.
+    """
+    if config.reference == "initial" and k > 0:
+        return
+    want = preference.start_value(config.loss, config.beta)
+    if want is not None and not abs(value - want) <= first_loss_tolerance(want, dtype, config.beta):  # NaN fails too
+        raise RuntimeError(
+            f"first loss of stage {k} is {value:.6f}, expected {want:.6f}: the reference is not the policy's start"
+        )
 
 
 def measure(
