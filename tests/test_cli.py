@@ -294,6 +294,17 @@ def test_a_mapping_without_its_space_says_so(train, pairs_file):
     assert code == 2 and "needs a space after each colon" in message
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch, tiny_model_dir, capfd):
+    from tempering import chatting
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chatting, "run_chat", stop)
+    assert run(["chat", str(tiny_model_dir())]) == 130
+    assert "interrupted; the same command with --resume goes on" in capfd.readouterr().err
+
+
 def test_chat_survives_bytes_that_are_no_text(tiny_model_dir, monkeypatch):
     import io
 

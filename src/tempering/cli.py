@@ -295,6 +295,9 @@ def judge_check(
     _finish(card, as_json)
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, which typer catches and returns."""
+
 COMMANDS: dict[str, Any] = {
     "demo": demo,
     "train": train,
@@ -319,7 +322,8 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code; every error becomes one message on stderr."""
     try:
         result = app(args=argv, prog_name="temper", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        return _interrupted() if code == INTERRUPTED else code
     except typer.Exit as stop:
         return stop.exit_code
     except TyperException as error:  # wrong words on the command line
@@ -327,14 +331,18 @@ def run(argv: list[str]) -> int:
             _tell(f"error: {text} (temper --help lists what there is)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _tell("interrupted; the same command with --resume goes on")
-        return 130
+        return _interrupted()
     except BaseException as error:
         if isinstance(error, SystemExit):
             return error.code if isinstance(error.code, int) else 1
         if "--debug" in argv:
             traceback.print_exc()
         return _explain(error)
+
+
+def _interrupted() -> int:
+    _tell("interrupted; the same command with --resume goes on where it has that")
+    return INTERRUPTED
 
 
 def _explain(error: BaseException) -> int:
