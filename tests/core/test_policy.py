@@ -5,7 +5,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tempering.core.policy import LoraSettings, Policy, default_targets
+from tempering.core.adapted_layers import default_targets
+from tempering.core.policy import LoraSettings, Policy
 from tempering.core.run import Run
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [20, 30, 40, 50, 60, 70, 80]])
