@@ -78,7 +78,7 @@ def run_compare(config: CompareConfig, method: str, *, resume: bool = False) -> 
     root = Path(config.out)
     kept = config.model_copy(update={"shard": "0/1"})
     jobs = plan_jobs(config, method)
-    run = Run.create(root, "compare", kept, resume=resume or count > 1)
+    run = Run.create(root, "compare", kept, resume=resume or count > 1, share=count > 1)
     policy: Policy | None = None
     for number, (name, module, settings) in enumerate(jobs):
         if number % count != index or _is_complete(root / "arms" / name, config):

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -132,3 +134,42 @@ def test_hash_is_of_the_content(tmp_path):
 
 def test_secrets_do_not_appear():
     assert redact("key is hunter2, again hunter2", ["hunter2", ""]) == "key is ***, again ***"
+
+
+class Bare(Config):
+    """No settings."""
+
+
+HOLD = """
+import sys, time
+from tempering.core.config import Config
+from tempering.core.run import Run
+
+
+class Settings(Config):
+    pass
+
+
+run = Run.create(sys.argv[1], "m", Settings(), share=sys.argv[2] == "share")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_one_process_writes_to_a_run_and_a_killed_one_lets_go(tmp_path, share):
+    out = tmp_path / "run"
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out), "share" if share else "alone"], stdout=subprocess.PIPE
+    )
+    try:
+        assert held.stdout.readline() == b"held\n"
+        if share:
+            Run.create(out, "m", Bare(), resume=True, share=True)
+        else:
+            with pytest.raises(BlockingIOError, match=f"another process is writing to {out}"):
+                Run.create(out, "m", Bare(), resume=True)
+    finally:
+        held.kill()
+        held.communicate()
+    Run.create(out, "m", Bare(), resume=True).finish()

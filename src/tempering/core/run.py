@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 from pydantic import BaseModel
 
@@ -26,11 +27,12 @@ PACKAGES = ("tempering", "torch", "transformers", "peft", "accelerate", "tokeniz
 
 class Run:
     """A folder with `config.yaml`, `provenance.json`, `metrics.jsonl`, `data/`, `checkpoints/`, `final/`,
-    `evals/` and, last of all, `DONE`. Writes are atomic: a reader sees a whole file or none.
+    `evals/`, `LOCK` (empty) and, last of all, `DONE`. Writes are atomic: a reader sees a whole file or none.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._lock: filelock.BaseFileLock | None = None
 
     @staticmethod
     def require_free(out: str | Path, resume: bool) -> None:
@@ -47,20 +49,23 @@ class Run:
 
     @classmethod
     def create(
-        cls, out: str | Path, method: str, config: BaseModel, *, resume: bool = False, is_main: bool = True
+        cls, out: str | Path, method: str, config: BaseModel, *, resume: bool = False, is_main: bool = True, share: bool = False
     ) -> Run:
         """Start a run folder, or with `resume` go on in one that was started with the same configuration.
 
-        Only the main process (`is_main`) writes.
+        Only the main process (`is_main`) writes. Until `finish` no other process may, unless all `share` it.
 
         Raises:
             FileExistsError: the folder holds something and `resume` is false.
+            BlockingIOError: another process is writing to the folder.
             ValueError: `resume`, but method or configuration differ, with the first field that does.
         """
         run = cls(Path(out))
         if not is_main:
             return run
         cls.require_free(out, resume)
+        if not share:
+            run._lock = _lock(run.path("LOCK"))
         wanted = {"method": method, **config.model_dump(mode="json")}
         config_file = run.root / "config.yaml"
         if config_file.is_file():
@@ -159,6 +164,24 @@ class Run:
     def finish(self) -> None:
         """Mark the run complete. Nothing is written after this but evals and reports."""
         self.write_text("DONE", time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _lock(path: Path) -> filelock.BaseFileLock | None:
+    """Keep other processes out; the system lets go of the lock when this one ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    lock = filelock.FileLock(path, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise BlockingIOError(f"another process is writing to {path.parent}; wait for it, or give out=DIR") from None
+    except NotImplementedError:
+        return None  # a file system without locks
+    return lock
 
 
 def environment() -> dict[str, Any]:
