@@ -13,13 +13,14 @@ read before), unless ``--resample``. Nothing here uses the network.
     python scripts/build_demo_data.py --check                 # check only
 
 ``pairs_smollm2.jsonl`` is the same pairs with the model's own answers to the
-harmless prompts; those that a reader sent back (``returned.json``) are left out:
+harmless prompts; those that a reader sent back were written again in the
+model's manner (``rewritten.jsonl``):
 
     temper data own-answers demo model=smollm2 out=runs/own
     python scripts/build_demo_data.py --own runs/own
 
-What was sent back was sampled and read once more (``seed=1 temperature=0.4``);
-of several folders the later wins.
+What was sent back was first sampled and read once more (``seed=1
+temperature=0.4``); of several folders the later wins.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "demo_data" / "pairs_source.jsonl"
-RETURNED = ROOT / "scripts" / "demo_data" / "returned.json"
+REWRITTEN = ROOT / "scripts" / "demo_data" / "rewritten.jsonl"
 DEMO = ROOT / "src" / "tempering" / "data" / "demo"
 
 EXPECTED = {
-    "pairs": 862,
-    "pairs_smollm2": 761,
+    "pairs": 1006,
+    "pairs_smollm2": 1006,
     "harmful_heldout": 100,
     "borderline_heldout": 100,
     "dev_harmful": 40,
     "dev_unseen": 48,
-    "dev_borderline": 40,
+    "dev_borderline": 100,
     "capability": 100,
     "templates": 12,
 }
-EXPECTED_LABELS = {"harmful": 300, "borderline": 426, "benign": 136}
+EXPECTED_LABELS = {"harmful": 444, "borderline": 426, "benign": 136}
 
 REFUSAL = re.compile(
     r"\bi(?:'m| am)?\s*(?:really |very |so |deeply |afraid i )?"
@@ -214,15 +215,17 @@ def build_pairs(source: list[dict], args) -> tuple[list[dict], Counter]:
     return rows, stats
 
 
-def build_own(pairs: list[dict], own: list[dict], returned: set[str]) -> tuple[list[dict], Counter]:
-    """Keep the harmful pairs, and of the others those with an own answer that was not sent back."""
-    answers = {row["prompt"]: row["chosen"] for row in own if row["chosen_by"] == "model"}
+def build_own(pairs: list[dict], own: list[dict], rewritten: list[dict]) -> tuple[list[dict], Counter]:
+    """Keep the harmful pairs; the others get the rewritten answer, or else the model's own, or are left out."""
+    answers = {row["prompt"]: (row["chosen"], "smollm2") for row in own if row["chosen_by"] == "model"}
+    answers |= {row["prompt"]: (row["chosen"], "rewritten") for row in rewritten}
     rows, stats = [], Counter()
     for row in pairs:
         if row["label"] == "harmful":
             rows.append({**row, "chosen_by": "hand"})
-        elif row["prompt"] in answers and row["prompt"] not in returned:
-            rows.append({**row, "chosen": answers[row["prompt"]], "chosen_by": "smollm2"})
+        elif row["prompt"] in answers:
+            chosen, by = answers[row["prompt"]]
+            rows.append({**row, "chosen": chosen, "chosen_by": by})
         else:
             stats["left out"] += 1
     stats.update(row["chosen_by"] for row in rows)
@@ -359,9 +362,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     if args.own:
-        returned = set(json.loads(RETURNED.read_text(encoding="utf-8")))
         own = [row for folder in args.own for row in read_jsonl(folder / "pairs.jsonl")]
-        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), own, returned)
+        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), own, read_jsonl(REWRITTEN))
         write_jsonl(args.demo / "pairs_smollm2.jsonl", rows)
         print("chosen of pairs_smollm2:", dict(stats))
     elif not args.check:
