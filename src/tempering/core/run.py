@@ -49,7 +49,14 @@ class Run:
 
     @classmethod
     def create(
-        cls, out: str | Path, method: str, config: BaseModel, *, resume: bool = False, is_main: bool = True, share: bool = False
+        cls,
+        out: str | Path,
+        method: str,
+        config: BaseModel,
+        *,
+        resume: bool = False,
+        is_main: bool = True,
+        share: bool = False,
     ) -> Run:
         """Start a run folder, or with `resume` go on in one that was started with the same configuration.
 
