@@ -7,7 +7,7 @@ import pytest
 
 from tempering.core.records import pair_from_row, prompt_from_row
 from tempering.data import formats
-from tempering.data.files import BUNDLED, bundled, read_records, read_rows
+from tempering.data.files import BUNDLED, bundled, read_records, read_rows, scan_rows
 
 PAIR = {"prompt": "How do I bake bread?", "chosen": "Mix, wait, bake.", "rejected": "No."}
 
@@ -85,6 +85,11 @@ def test_unreadable_json_lines_say_where_and_why(tmp_path, content, message):
     path = write(tmp_path / "p.jsonl", content)
     with pytest.raises(ValueError, match=message):
         list(read_rows(path))
+
+
+def test_a_utf16_file_is_one_problem_not_one_per_line(tmp_path):
+    path = write(tmp_path / "p.jsonl", prompts("a", "b", "c").encode("utf-16"))
+    assert [row.problem for row in scan_rows(path)] == ["not UTF-8 (byte 1); it looks like UTF-16; save it as UTF-8"]
 
 
 def test_a_huge_line_is_refused_and_the_next_one_read(tmp_path, monkeypatch):

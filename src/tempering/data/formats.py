@@ -173,11 +173,17 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str, str | None]]:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), None
         except UnicodeDecodeError as error:
             yield number, "", _not_utf8(error)
+            if _is_utf16(line):
+                return  # no other line could be read either
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    utf16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return f"not UTF-8 (byte {error.start + 1}){'; it looks like UTF-16' if utf16 else ''}; save it as UTF-8"
+    utf16 = "; it looks like UTF-16" if _is_utf16(error.object) else ""
+    return f"not UTF-8 (byte {error.start + 1}){utf16}; save it as UTF-8"
+
+
+def _is_utf16(start: bytes) -> bool:
+    return start[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Scanned]:
