@@ -43,7 +43,7 @@ from tempering.core.training import (
     step_batches,
 )
 from tempering.data.files import DEMO_FILES, read_records, training_file
-from tempering.data.split import hold_out_prompts
+from tempering.data.split import hold_out_prompts, mixed
 
 METHOD = "sft"
 ADAPTER = "sft"
@@ -56,6 +56,8 @@ class Data(Config):
     """File, folder or Hub id of prompt/completion, messages or prompt/chosen/rejected rows, or `demo`."""
     invalid: Literal["error", "drop"] = "error"
     """A row that cannot be used stops the run, or is dropped and counted."""
+    mix: dict[str, float] = Field(default_factory=dict)
+    """Share of the pairs of a label to use, such as {harmful: 0.6}; other labels whole."""
 
 
 class Split(Config):
@@ -274,6 +276,7 @@ def prepare(config: SftConfig, policy: Policy | None = None) -> tuple[Policy, An
     """
     source = training_file(config.data.train)
     rows, dropped = read_records(source, answer_from_row, limit=config.limit, invalid=config.data.invalid)
+    rows = mixed(rows, config.data.mix)
     # In bfloat16 most updates of a full fine-tuning are smaller than what the weights can represent.
     dtype: Dtype = "float32" if config.adaptation == "full" and config.dtype == "auto" else config.dtype
     policy = policy or Policy.load(config.model, dtype=dtype)

@@ -18,7 +18,7 @@ from tempering.core.progress import say
 from tempering.core.records import PreferencePair, content_id, pair_from_row
 from tempering.core.run import Run
 from tempering.data.files import read_records, training_file
-from tempering.data.split import hold_out_prompts
+from tempering.data.split import hold_out_prompts, mixed
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence import kto
 from tempering.methods.staged_competence.difficulty import Logprobs, PairTokens, Scored, check_scores, score_pairs
@@ -44,22 +44,6 @@ def read_pairs(config: StagedCompetenceConfig) -> tuple[list[PreferencePair], di
         what="pair",
     )
     return mixed(parsed.records, config.data.mix), dict(parsed.dropped)
-
-
-def mixed(pairs: list[PreferencePair], mix: Mapping[str, float]) -> list[PreferencePair]:
-    """Keep the given share of the pairs of each label, by hash of the id: a smaller share is part of a larger.
-
-    Raises:
-        ValueError: a share outside [0, 1], or a label that no pair has.
-    """
-    left_out: set[str] = set()
-    for label, share in mix.items():
-        own = sorted((pair.id for pair in pairs if pair.label == label), key=content_id)
-        if not own or not 0 <= share <= 1:
-            found = ", ".join(sorted({pair.label for pair in pairs if pair.label})) or "none: no row has a 'label'"
-            raise ValueError(f"data.mix.{label}={share}: expected a share from 0 to 1, of one of the labels {found}")
-        left_out |= set(own[round(share * len(own)) :])
-    return [pair for pair in pairs if pair.id not in left_out]
 
 
 def digest(data: Pairs) -> str:
