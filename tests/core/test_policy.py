@@ -183,6 +183,22 @@ def test_the_exported_adapter_equals_the_stack_under_plain_peft(tiny_policy, tmp
     assert set(lineage["adapters"]) == {"stage_0", "stage_1", "stage_2"} and lineage["method"] == "test"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_adapters_added_at_once_equal_pefts_one_after_the_other(tiny_policy, family, dtype, tolerance):
+    policy = stack(tiny_policy(family, dtype=dtype), [LoraSettings(r=4, rslora=True), LoraSettings(r=8, alpha=20)])
+    parameters = [parameter for _, parameter in policy.train_only("stage_1")]
+    found = {}
+    for way in ("ours", "peft"):
+        if way == "peft":
+            for _, layer in policy.lora_layers():
+                del layer.forward
+        out = policy.model(input_ids=IDS).logits.float()
+        found[way] = [out, *torch.autograd.grad(out.square().mean(), parameters)]
+    for ours, theirs in zip(found["ours"], found["peft"], strict=True):
+        assert torch.linalg.norm(ours - theirs) <= tolerance * torch.linalg.norm(theirs)
+
+
 def test_exporting_twice_replaces_the_first(tiny_policy, tmp_path):
     policy = stack(tiny_policy())
     policy.export(tmp_path / "final")

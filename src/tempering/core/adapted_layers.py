@@ -1,15 +1,17 @@
-"""Which layers of a model a LoRA adapter goes on.
+"""Which layers of a model a LoRA adapter goes on, and how such a layer computes.
 
-Used by `policy`; refuses to know about adapters' values.
+Used by `policy`; refuses to know what an adapter is for.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+import torch
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -40,3 +42,28 @@ def all_linear(model: Any) -> list[str]:
         if is_linear and module is not head and ".lora_" not in name and not name.endswith(".base_layer"):
             found.add(name.rsplit(".", 1)[-1])
     return sorted(found)
+
+
+def add_adapters_at_once(layer: LoraLayer) -> None:
+    """Let a plain linear layer compute all its active adapters together, in the dtype of its input.
+
+    y = W x + B A x with A = concat(A_k), B = concat(s_k B_k): two small products and one sum, however many stages
+    there are. PEFT adds one adapter after the other, each in float32; in half precision that copies the layer's
+    input and output several times, which on CPU takes as long as the product with W. Gradients reach the float32
+    parameters. Where PEFT does something else (merged, disabled, mixed batches, variants) it still does.
+    """
+    if isinstance(layer, Linear) and isinstance(layer.base_layer, nn.Linear):
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+
+
+def _forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    is_plain = not (layer.disable_adapters or layer.merged or layer.lora_variant or args or kwargs)
+    if not (is_plain and names and all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names)):
+        return type(layer).forward(layer, x, *args, **kwargs)
+    result = layer.base_layer(x)
+    weights: Any = layer.lora_A, layer.lora_B
+    a = torch.cat([weights[0][name].weight for name in names]).to(x.dtype)
+    b = torch.cat([layer.scaling[name] * weights[1][name].weight for name in names], dim=1).to(x.dtype)
+    small = nn.functional.linear(x, a).flatten(0, -2)
+    return torch.addmm(result.flatten(0, -2), small, b.t()).view_as(result)

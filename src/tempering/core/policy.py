@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tempering.core.adapted_layers import all_linear, default_targets
+from tempering.core.adapted_layers import add_adapters_at_once, all_linear, default_targets
 from tempering.core.chat import Encoded, group_length
 from tempering.core.config import Config
 from tempering.core.loading import (
@@ -165,6 +165,7 @@ class Policy:
             bound = a.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5), as PEFT's own default
             a.data = (torch.rand(a.shape, generator=generator) * 2 * bound - bound).to(a.device)
             b.data = torch.zeros(b.shape, device=b.device)
+            add_adapters_at_once(layer)
         self.adapters.append(name)
         self._activate(self.adapters)
         self.freeze()
@@ -363,6 +364,8 @@ class Policy:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"adapter {folder} does not load on {self.source.base} ({first})") from error
         self.model.eval()
+        for _, layer in self.lora_layers():
+            add_adapters_at_once(layer)
         self.adapters = ["final"]
         self.freeze()
         found = self.base_fingerprint()
