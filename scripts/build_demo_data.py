@@ -13,14 +13,14 @@ read before), unless ``--resample``. Nothing here uses the network.
     python scripts/build_demo_data.py --check                 # check only
 
 ``pairs_smollm2.jsonl`` is the same pairs with the model's own answers to the
-harmless prompts; those that a reader sent back were written again in the
-model's manner (``rewritten.jsonl``):
+harmless prompts. Those that a reader sent back have another sample of the
+model, cut back to what can stand, or where none could, an answer written in its
+manner (``reviewed.jsonl``):
 
     temper data own-answers demo model=smollm2 out=runs/own
     python scripts/build_demo_data.py --own runs/own
 
-What was sent back was first sampled and read once more (``seed=1
-temperature=0.4``); of several folders the later wins.
+Of several folders of own answers the later wins.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "demo_data" / "pairs_source.jsonl"
-REWRITTEN = ROOT / "scripts" / "demo_data" / "rewritten.jsonl"
+REVIEWED = ROOT / "scripts" / "demo_data" / "reviewed.jsonl"
 DEMO = ROOT / "src" / "tempering" / "data" / "demo"
 
 EXPECTED = {
@@ -45,7 +45,7 @@ EXPECTED = {
     "harmful_heldout": 100,
     "borderline_heldout": 100,
     "dev_harmful": 40,
-    "dev_unseen": 48,
+    "dev_unseen": 108,
     "dev_borderline": 100,
     "capability": 100,
     "templates": 12,
@@ -215,10 +215,10 @@ def build_pairs(source: list[dict], args) -> tuple[list[dict], Counter]:
     return rows, stats
 
 
-def build_own(pairs: list[dict], own: list[dict], rewritten: list[dict]) -> tuple[list[dict], Counter]:
-    """Keep the harmful pairs; the others get the rewritten answer, or else the model's own, or are left out."""
+def build_own(pairs: list[dict], own: list[dict], reviewed: list[dict]) -> tuple[list[dict], Counter]:
+    """Keep the harmful pairs; the others get the reviewed answer, or else the model's own, or are left out."""
     answers = {row["prompt"]: (row["chosen"], "smollm2") for row in own if row["chosen_by"] == "model"}
-    answers |= {row["prompt"]: (row["chosen"], "rewritten") for row in rewritten}
+    answers |= {row["prompt"]: (row["chosen"], row["chosen_by"]) for row in reviewed}
     rows, stats = [], Counter()
     for row in pairs:
         if row["label"] == "harmful":
@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.own:
         own = [row for folder in args.own for row in read_jsonl(folder / "pairs.jsonl")]
-        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), own, read_jsonl(REWRITTEN))
+        rows, stats = build_own(read_jsonl(args.demo / "pairs.jsonl"), own, read_jsonl(REVIEWED))
         write_jsonl(args.demo / "pairs_smollm2.jsonl", rows)
         print("chosen of pairs_smollm2:", dict(stats))
     elif not args.check:
