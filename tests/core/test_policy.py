@@ -199,6 +199,18 @@ def test_adapters_added_at_once_equal_pefts_one_after_the_other(tiny_policy, fam
         assert torch.linalg.norm(ours - theirs) <= tolerance * torch.linalg.norm(theirs)
 
 
+def test_the_bias_of_a_foreign_adapter_counts(tiny_policy):
+    policy = stack(tiny_policy(), [LoraSettings(r=4)])
+    before = logits(policy)
+    for _, layer in policy.lora_layers():
+        b = layer.lora_B["stage_0"]
+        b.bias = torch.nn.Parameter(torch.full((b.out_features,), 0.5))
+    ours = logits(policy)
+    for _, layer in policy.lora_layers():
+        del layer.forward
+    assert torch.equal(ours, logits(policy)) and not torch.allclose(ours, before)
+
+
 def test_exporting_twice_replaces_the_first(tiny_policy, tmp_path):
     policy = stack(tiny_policy())
     policy.export(tmp_path / "final")

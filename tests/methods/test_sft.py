@@ -10,6 +10,8 @@ from tempering.core.policy import Policy, load_tensors
 from tempering.core.training import Optimisation
 from tempering.methods import sft
 from tempering.methods.sft import SftConfig, answer_from_row, nll_share, schedule
+from tempering.methods.staged_competence.plan import read_pairs
+from tempering.methods.staged_competence.settings import StagedCompetenceConfig
 
 ANSWERS = ["no", "I can't.", "I won't help with that.", "Sorry, no."]
 
@@ -216,3 +218,23 @@ def test_a_dry_run_says_the_steps_and_writes_nothing(config):
     run = sft.train(cfg)
     assert facts["steps"] == len(steps(run))
     assert facts["training_tokens"] == steps(run)[-1]["tokens"]
+
+
+def test_the_mix_leaves_the_pairs_that_preference_training_leaves(config):
+    pairs = [
+        {"prompt": f"p {i}", "chosen": "good", "rejected": "bad", "label": "harmful" if i % 2 else "benign"}
+        for i in range(20)
+    ]
+    settings = config(pairs)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"mix": {"harmful": 0.3}})})
+    _, data, *_ = sft.prepare(settings)
+    same = {"data": {"train": settings.data.train, "mix": {"harmful": 0.3}}}
+    wanted, _ = read_pairs(build(StagedCompetenceConfig, same, "test"))
+    assert set(data.answers) == {pair.id for pair in wanted} and len(wanted) == 13
+
+
+def test_a_mix_of_rows_without_labels_is_an_error(config):
+    settings = config()
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"mix": {"harmful": 0.3}})})
+    with pytest.raises(ValueError, match="no row has a 'label'"):
+        sft.prepare(settings)

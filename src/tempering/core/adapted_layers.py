@@ -50,7 +50,7 @@ def add_adapters_at_once(layer: LoraLayer) -> None:
     y = W x + B A x with A = concat(A_k), B = concat(s_k B_k): two small products and one sum, however many stages
     there are. PEFT adds one adapter after the other, each in float32; in half precision that copies the layer's
     input and output several times, which on CPU takes as long as the product with W. Gradients reach the float32
-    parameters. Where PEFT does something else (merged, disabled, mixed batches, variants) it still does.
+    parameters. Where PEFT does something else (merged, disabled, mixed batches, variants, dropout, bias) it still does.
     """
     if isinstance(layer, Linear) and isinstance(layer.base_layer, nn.Linear):
         layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
@@ -59,7 +59,7 @@ def add_adapters_at_once(layer: LoraLayer) -> None:
 def _forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     is_plain = not (layer.disable_adapters or layer.merged or layer.lora_variant or args or kwargs)
-    if not (is_plain and names and all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names)):
+    if not (is_plain and names and all(_is_product(layer, name) for name in names)):
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
     weights: Any = layer.lora_A, layer.lora_B
@@ -67,3 +67,9 @@ def _forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     b = torch.cat([layer.scaling[name] * weights[1][name].weight for name in names], dim=1).to(x.dtype)
     small = nn.functional.linear(x, a).flatten(0, -2)
     return torch.addmm(result.flatten(0, -2), small, b.t()).view_as(result)
+
+
+def _is_product(layer: Linear, name: str) -> bool:
+    """Whether an adapter is s B A and nothing else: no dropout, no bias."""
+    b: Any = layer.lora_B[name]
+    return isinstance(layer.lora_dropout[name], nn.Identity) and b.bias is None
