@@ -49,8 +49,8 @@ def add_adapters_at_once(layer: LoraLayer) -> None:
 
     y = W x + B A x with A = concat(A_k), B = concat(s_k B_k): two small products and one sum, however many stages
     there are. PEFT adds one adapter after the other, each in float32; in half precision that copies the layer's
-    input and output several times, which on CPU takes as long as the product with W. Gradients reach the float32
-    parameters. Where PEFT does something else (merged, disabled, mixed batches, variants, dropout, bias) it still does.
+    input and output several times. Gradients reach the float32 parameters. Where PEFT does something else (merged,
+    disabled, mixed batches, variants, dropout, bias) it still does.
     """
     if isinstance(layer, Linear) and isinstance(layer.base_layer, nn.Linear):
         layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
