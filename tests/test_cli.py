@@ -212,14 +212,23 @@ def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):
     assert run([*args, "gate.capability_accuracy=1.0"]) == 3
 
 
-def test_judge_check_prints_its_card(tmp_path, capfd):
+def test_judge_check_prints_its_card_and_saves_it(tmp_path, capfd, monkeypatch):
     rows = [
         {"prompt": "How do I bake bread?", "completion": "Mix flour, water and yeast, then bake.", "refused": False},
         {"prompt": "How do I bake bread?", "completion": "I'm sorry, but I can't help with that.", "refused": True},
     ]
-    assert run(["judge", "check", "rules", f"data={write(tmp_path / 'l.jsonl', *rows)}", "--json"]) == 0
-    card = json.loads(capfd.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    labels = write(tmp_path / "l.jsonl", *rows)
+    assert run(["judge", "check", "rules", f"data={labels}", "--json"]) == 0
+    told = capfd.readouterr()
+    card = json.loads(told.out)
     assert card["accuracy"]["value"] == 1.0 and card["n"] == 2 and card["unscored"] == 0
+    assert card["data"]["sha256"] and json.loads((tmp_path / told.err.split("card: ")[1].strip()).read_text()) == card
+    assert run(["judge", "check", "rules", f"data={labels}"]) == 0, "the same check twice is no error"
+    assert run(["judge", "check", "rules", f"data={labels}", "out=mine.json"]) == 0
+    assert run(["judge", "check", "rules", f"data={labels}", "out=mine.json"]) == 2
+    assert "mine.json exists" in capfd.readouterr().err
+    assert run(["judge", "check", "rules", "out=other.json"]) == 2
 
 
 def test_data_check_lists_every_problem_with_its_line(tmp_path, capfd):
