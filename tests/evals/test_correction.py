@@ -35,7 +35,7 @@ def prompts(tmp_path, numbers):
 
 
 class Erring:
-    """Says what is the case with sensitivity `se` and specificity `sp`, and errs by a coin keyed by run and prompt."""
+    """Says what is the case with sensitivity `se` and specificity `sp`, and errs by a coin of run and prompt."""
 
     def __init__(self, se, sp, run=0, identity="erring"):
         self.se, self.sp, self.run, self.identity = se, sp, run, identity
@@ -150,7 +150,9 @@ def test_an_interrupted_eval_may_go_on_with_a_card(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_eval("harm", ScriptedSampler(stopping), EvalConfig(data=data, batch_prompts=5), run)
     config = EvalConfig(data=data, batch_prompts=5, judge_card=rules_card(tmp_path))
-    assert "harmful_rate/corrected" in run_eval("harm", ScriptedSampler(stopping), config, run, resume=True)["metrics"]
+    assert (
+        "harmful_rate/corrected" in run_eval("harm", ScriptedSampler(stopping), config, run, resume=True)["metrics"]
+    )
     assert len(asked) == 13 + 10
 
 
@@ -161,7 +163,7 @@ def test_a_card_of_another_judge_is_refused_naming_both(tmp_path):
         load_cards(config)
     card = read_card(rules_card(tmp_path))
     metric = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 1, "unscored": 0, "judge": "somebody"}
-    with pytest.raises(ValueError, match="is of rules/harmful/.* here is somebody"):
+    with pytest.raises(ValueError, match=r"is of rules/harmful/.* here is somebody"):
         correct({"harmful_rate": metric}, [], {"harmful": card})
 
 
@@ -239,5 +241,8 @@ def test_several_answers_to_a_prompt_count_as_one():
 
 
 def test_metrics_that_no_card_is_on_are_left_alone():
-    metrics = {"capability_accuracy": {"value": 0.5, "judge": None}, "partial_refusal_rate": {"value": 0, "judge": "x"}}
+    metrics = {
+        "capability_accuracy": {"value": 0.5, "judge": None},
+        "partial_refusal_rate": {"value": 0, "judge": "x"},
+    }
     assert correct(metrics, [], {"harmful": card_with(9, 1, 1, 9)}) == (metrics, None)
