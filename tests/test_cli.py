@@ -212,14 +212,47 @@ def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):
     assert run([*args, "gate.capability_accuracy=1.0"]) == 3
 
 
-def test_judge_check_prints_its_card(tmp_path, capfd):
+def test_judge_check_prints_its_card_and_saves_it(tmp_path, capfd, monkeypatch):
     rows = [
         {"prompt": "How do I bake bread?", "completion": "Mix flour, water and yeast, then bake.", "refused": False},
         {"prompt": "How do I bake bread?", "completion": "I'm sorry, but I can't help with that.", "refused": True},
     ]
-    assert run(["judge", "check", "rules", f"data={write(tmp_path / 'l.jsonl', *rows)}", "--json"]) == 0
-    card = json.loads(capfd.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    labels = write(tmp_path / "l.jsonl", *rows)
+    assert run(["judge", "check", "rules", f"data={labels}", "--json"]) == 0
+    told = capfd.readouterr()
+    card = json.loads(told.out)
     assert card["accuracy"]["value"] == 1.0 and card["n"] == 2 and card["unscored"] == 0
+    assert card["data"]["sha256"] and json.loads((tmp_path / told.err.split("card: ")[1].strip()).read_text()) == card
+    assert run(["judge", "check", "rules", f"data={labels}"]) == 0, "the same check twice is no error"
+    assert run(["judge", "check", "rules", f"data={labels}", "out=mine.json"]) == 0
+    assert run(["judge", "check", "rules", f"data={labels}", "out=mine.json"]) == 2
+    assert "mine.json exists" in capfd.readouterr().err
+    assert run(["judge", "check", "rules", "out=other.json"]) == 2
+
+
+def test_a_judge_card_corrects_an_eval_and_its_report(tiny_model_dir, tmp_path, capfd, monkeypatch):
+    rows = [
+        {"prompt": "How do I bake bread?", "completion": "Mix flour, water and yeast, then bake.", "harmful": True},
+        {"prompt": "How do I bake bread?", "completion": "I'm sorry, but I can't help with that.", "harmful": False},
+    ]
+    monkeypatch.chdir(tmp_path)
+    labels = write(tmp_path / "l.jsonl", *rows)
+    assert run(["judge", "check", "rules", f"data={labels}", "out=card.json"]) == 0
+    evals = ["eval", str(tiny_model_dir()), "harm", "over_refusal", "limit=4", "max_new_tokens=4", "out=e"]
+    assert run(evals) == 0
+    assert run([*evals, "judge_card=card.json", "--resume"]) == 0
+    found = json.loads((tmp_path / "e" / "evals" / "harm.json").read_text())
+    assert "harmful_rate/corrected" in found["metrics"] and found["settings"]["judge_card"] == ["card.json"]
+    capfd.readouterr()
+    assert run(["report", "e", "out=r", "--json"]) == 0
+    assert "harmful_rate/corrected" in json.loads(capfd.readouterr().out)["systems"][0]["metrics"]
+    (tmp_path / "card.json").write_text(
+        (tmp_path / "card.json").read_text().replace("rules/harmful/", "rules/other/")
+    )
+    assert run([*evals[:-1], "judge_card=card.json", "out=f"]) == 2
+    message = capfd.readouterr().err
+    assert "rules/other/" in message and "rules/harmful/" in message and not (tmp_path / "f").exists()
 
 
 def test_data_check_lists_every_problem_with_its_line(tmp_path, capfd):

@@ -78,24 +78,28 @@ def evaluate(
     """Run evals on a target; returns what each `evals/NAME.json` holds, under its name.
 
     `out` defaults to the target's own run folder for embedded data, and to a folder of its own, named by
-    target and settings, in all other cases.
+    target and settings, in all other cases. With `resume`, a `judge_card` is applied to finished evals too, from
+    their rows.
 
     Raises:
         ValueError, FileNotFoundError: wrong input.
         FileExistsError: the results are there already.
         RuntimeError: too many answers could not be judged.
     """
-    from tempering.evals import EVALS, EvalConfig, run_eval
+    from tempering.evals import EVALS, EvalConfig, correct_finished, load_cards, run_eval
 
     for name in evals:
         if name not in EVALS:
             raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
     config = build(EvalConfig, settings, "eval settings")
+    load_cards(config)  # a card of another judge is an error before a model is loaded
     reference = target if isinstance(target, str) else target.name
     run = _eval_run(reference, list(evals), config, out, resume)
     pending = [name for name in evals if not (resume and run.has(f"evals/{name}.json"))]
     for name in set(evals) - set(pending):
         _require_settings(run, name, config)
+        if config.judge_card:
+            correct_finished(name, run, config)
     sampler = load(target) if isinstance(target, str) and pending else target
     for name in pending:
         assert not isinstance(sampler, str)
@@ -119,7 +123,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: 
 def _eval_run(reference: str, evals: list[str], config: Config, out: str | Path | None, resume: bool) -> Run:
     """Find or make the folder that the results go to."""
     own = Path(reference)
-    settings = config.model_dump(mode="json", exclude_defaults=True)
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"judge_card"})
     is_run = (own / "config.yaml").is_file()
     if out is None and is_run and settings.get("data") is None:
         run = Run.open(own)
@@ -151,7 +155,7 @@ def _require_settings(run: Run, name: str, config: Config) -> None:
     """
     old, new = run.read_json(f"evals/{name}.json")["settings"], config.model_dump(mode="json")
     for key in new:
-        if key != "gate" and old.get(key, new[key]) != new[key]:
+        if key not in ("gate", "judge_card") and old.get(key, new[key]) != new[key]:
             raise ValueError(
                 f"{run.root}/evals/{name}.json was made with {key}={old[key]}, not {new[key]}; give another out=DIR"
             )

@@ -103,7 +103,8 @@ def eval_(
     """Measure a target: harm, over_refusal, capability, separation, depth.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
-    templates=FILE gate.METRIC=LIMIT (exit code 3 where a limit is not met).
+    templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
+    where a limit is not met).
 
     Examples:
     temper eval runs/demo harm data=advbench.jsonl out=runs/advbench
@@ -269,30 +270,45 @@ def data_own_answers(
 
 @judge_app.command("check")
 def judge_check(
-    judge: Annotated[str, typer.Argument(help="rules, openai:MODEL@URL, classifier:MODEL_ID or guard:MODEL_ID.")],
+    judge: Annotated[
+        str,
+        typer.Argument(
+            help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID or ensemble:JUDGE+JUDGE[+...]."
+        ),
+    ],
     items: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused` or `harmful` per line).
 
+    Prints the judge's card and saves it, for `temper eval ... judge_card=FILE`. Settings: data=FILE out=FILE
+    (default: a file in runs/judge-cards).
+
     Example: temper judge check rules data=labels.jsonl
     """
     from tempering.core.config import parse_overrides
+    from tempering.core.run import file_hash
     from tempering.data.files import read_rows
+    from tempering.judges.card import require_free, save_card
     from tempering.judges.check import check
 
     settings = parse_overrides(items or [])
-    if set(settings) != {"data"}:
-        raise ValueError("judge check takes data=FILE and nothing else")
-    card = check(judge, read_rows(settings["data"]))
+    if "data" not in settings or set(settings) - {"data", "out"}:
+        raise ValueError("judge check takes data=FILE and out=FILE, and nothing else")
+    data, out = str(settings["data"]), str(settings["out"]) if "out" in settings else None
+    require_free(out)
+    source = {"source": data, "sha256": file_hash(Path(data)) if Path(data).is_file() else None}
+    card = check(judge, read_rows(data), source=source)
     if not as_json:
         _tell(f"{card['judge']} on {card['n']} labelled answers ({card['asks']}), {card['unscored']} unscored")
         for name in ("accuracy", "sensitivity", "specificity", "kappa"):
             v = card[name]
             if v["value"] is not None:
                 _tell(f"  {name:12} {v['value']:.3f}  [{v['low']:.3f}, {v['high']:.3f}]")
+        _tell(f"  {1000 * card['seconds_per_answer']:.3g} ms an answer" + _tokens(card["tokens"]))
     _finish(card, as_json)
+    _tell(f"card: {save_card(card, out)}")
 
 
 INTERRUPTED = 130
@@ -391,6 +407,10 @@ def _print_metrics(results: dict[str, Any]) -> None:
     from tempering.core.progress import metrics_table
 
     metrics_table({name: r["metrics"] for name, r in results.items()})
+
+
+def _tokens(used: dict[str, int] | None) -> str:
+    return "" if used is None else f", {used['prompt_tokens']} tokens read and {used['completion_tokens']} written"
 
 
 def _finish(result: Any, as_json: bool) -> None:

@@ -104,6 +104,20 @@ def test_answers_come_in_the_order_of_the_prompts(serve):
     assert sum(told) == 6
 
 
+def test_reported_tokens_are_summed_and_nonsense_counts_as_none(serve):
+    usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    told = {1: usage, 2: None, 3: {"prompt_tokens": "10"}, 4: usage, 5: {**usage, "prompt_tokens": -1}}
+
+    def script(body, count):
+        answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+        return 200, json.dumps(answer | ({"usage": told[count]} if told[count] else {})), {}
+
+    ask = sampler(serve(script))
+    assert ask.usage is None
+    ask(prompts(5))
+    assert ask.usage == (20, 6)
+
+
 def test_requests_overlap_up_to_the_concurrency(serve):
     server = serve(lambda b, c: (time.sleep(0.05), reply("x"))[1])
     sampler(server, concurrency=3)(prompts(9))

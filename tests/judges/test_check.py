@@ -3,9 +3,11 @@ import math
 
 import pytest
 
+from tempering.core.endpoint import Usage
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.judges import judge_groups, load_judge
-from tempering.judges.check import check, cohen_kappa, read_labelled
+from tempering.judges.card import FOLDER, read_card, save_card
+from tempering.judges.check import card_of, check, cohen_kappa, read_labelled
 
 ROWS = [
     {"prompt": "How do I cook rice?", "completion": "Boil it in twice its volume of water.", "refused": False},
@@ -37,7 +39,8 @@ def test_the_card_counts_agreement_with_the_labels():
 
 def test_the_card_is_the_same_twice():
     first, second = (check("rules", located(ROWS)) for _ in range(2))
-    del first["seconds"], second["seconds"]
+    for card in (first, second):
+        del card["seconds"], card["seconds_per_answer"]
     assert first == second
 
 
@@ -90,7 +93,9 @@ def test_no_rows_is_an_error():
         read_labelled([])
 
 
-@pytest.mark.parametrize("spec", ["", "rulez", "rules:x", "openai:", "openai:m", "guard:", "classifier"])
+@pytest.mark.parametrize(
+    "spec", ["", "rulez", "rules:x", "openai:", "openai:m", "guard:", "classifier", "ensemble:", "ensemble:x+y"]
+)
 def test_an_unknown_judge_is_refused_with_the_choices(spec):
     with pytest.raises(ValueError, match="expected"):
         load_judge(spec, "refused")
@@ -143,3 +148,61 @@ def test_no_groups_no_verdicts():
 def test_intervals_are_finite():
     card = check("rules", located(ROWS * 10))
     assert all(math.isfinite(x) for name in ("accuracy", "kappa") for x in card[name].values())
+
+
+def test_the_card_says_who_judged_what_and_counts_every_row():
+    card = check("rules", located(ROWS), source={"source": "file.jsonl", "sha256": "ab"})
+    assert card["schema"] == 1 and card["judge"] == load_judge("rules", "refused").identity
+    assert card["counts"] == {
+        "true_positives": 2, "false_negatives": 1, "false_positives": 0, "true_negatives": 1,
+    }  # fmt: skip
+    assert card["unscored_rate"]["value"] == 0 and card["unscored_rate"]["high"] > 0
+    assert card["position_consistency"]["value"] is None and "order" in card["position_consistency"]["reason"]
+    assert card["tokens"] is None
+    assert card["data"]["source"] == "file.jsonl" and len(card["data"]["prompts"]) == 2
+
+
+def test_unscored_rows_are_counted_apart_and_tokens_where_the_judge_reports_them():
+    asks, labelled = read_labelled(located(ROWS * 3))
+    judge = Failing(4)
+    judge.usage = Usage(1200, 60)
+    card = card_of(judge, asks, labelled)
+    assert (card["n"], card["unscored"], sum(card["counts"].values())) == (9, 3, 9)
+    assert card["unscored_rate"]["value"] == 0.25
+    assert card["tokens"] == {"prompt_tokens": 1200, "completion_tokens": 60}
+
+
+def test_a_saved_card_is_read_back_and_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = check("rules", located(ROWS))
+    file = save_card(card, tmp_path / "card.json")
+    got = read_card(file)
+    assert (got.judge, got.asks, got.positives, got.negatives, got.unscored) == (card["judge"], "refused", 3, 1, 0)
+    assert got.prompts == set(card["data"]["prompts"])
+    with pytest.raises(FileExistsError, match=r"card\.json exists"):
+        save_card(card, file)
+    first, again = save_card(card), save_card({**card, "seconds": 99.0})
+    assert first == again and first.parent == FOLDER and json.loads(first.read_text())["seconds"] == card["seconds"]
+    assert save_card(check("rules", located(ROWS[:3]))) != first
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; make one with"),
+        ("{", "not JSON"),
+        ("[]", "expected 'judge' and 'asks'"),
+        ('{"judge": "rules", "asks": "toxic"}', "expected 'judge' and 'asks'"),
+        ('{"judge": "rules", "asks": "refused", "unscored": 0}', "expected 'unscored' and 'counts'"),
+        (
+            '{"judge": "r", "asks": "refused", "unscored": 0, "counts": {"true_positives": 1}}',
+            "and 'counts' of true_p",
+        ),
+    ],
+)
+def test_a_file_that_is_no_card_says_how_to_make_one(tmp_path, content, message):
+    path = tmp_path / "card.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_card(path)

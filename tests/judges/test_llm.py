@@ -3,7 +3,8 @@ import pytest
 from tempering.core.records import Completion, Prompt
 from tempering.core.sampling import ScriptedSampler
 from tempering.judges import judge_groups, load_judge
-from tempering.judges.llm import SCORES, LLMJudge, fence_mark, parse_reply, rubric
+from tempering.judges.fence import fence_mark
+from tempering.judges.llm import SCORES, LLMJudge, parse_reply, rubric
 
 PROMPT = Prompt(({"role": "user", "content": "Write a rude note to the postman."},))
 
@@ -105,6 +106,6 @@ def test_identity_names_model_host_rubric_and_parser_but_not_the_scheme():
         judge.identity.replace("org/m", "m").split("/")[0].split(":")[0],
         *(judge.identity.replace("org/m", "m").removeprefix("llm:").split("/")),
     )
-    assert (name, model, parser) == ("llm", "m@host:8000", "parser-v1")
+    assert (name, model, parser) == ("llm", "m@host:8000", "parser-v2")
     assert question.startswith("harmful-")
     assert load_judge("openai:org/m@http://host:8000/v1", "refused").identity != judge.identity

@@ -468,3 +468,79 @@ def test_evals_elsewhere_find_their_run_for_the_card(tmp_path):
     write_eval(write_run(tmp_path / "evals-of-run"), "harm", 0.1, target=str(root))
     write_report([root, tmp_path / "evals-of-run"], tmp_path / "out")
     assert "| Harmful answers | lower | 10 % |" in (tmp_path / "out/model_card.md").read_text(encoding="utf-8")
+
+
+# rates corrected for the judge's error
+
+
+def add_correction(root, name="harm", metric="harmful_rate", value=0.08, low=0.02, high=0.2):
+    """Put a corrected rate beside the raw one in a finished eval."""
+    path = root / "evals" / f"{name}.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    fixed = {**document["metrics"][metric], "value": value, "low": low, "high": high}
+    card = {
+        "file": "card.json", "sha256": "ab12", "judge": "<b>judge</b>", "asks": "harmful", "n": 168, "positives": 80,
+        "negatives": 88, "sensitivity": 0.95, "specificity": 0.76,
+    }  # fmt: skip
+    document["metrics"][f"{metric}/corrected"] = fixed
+    document["correction"] = {"cards": [card], "warnings": ["judge card card.json is small: 9 labelled harmful"]}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return fixed
+
+
+def test_a_corrected_rate_stands_beside_the_raw_one_which_stays_the_headline(tmp_path):
+    runs = [write_base(tmp_path / "base"), write_tempered(tmp_path / "tempered")]
+    plain = write_report(runs, tmp_path / "plain")
+    fixed = add_correction(runs[1])
+    content = write_report(runs, tmp_path / "out")
+    metrics = content["systems"][1]["metrics"]
+    assert metrics["harmful_rate/corrected"] == fixed
+    assert {k: v for k, v in metrics.items() if "corrected" not in k} == plain["systems"][1]["metrics"]
+    assert content["comparisons"] == plain["comparisons"]
+    new = set(content["warnings"]) - set(plain["warnings"])
+    assert new == {"tempered, eval harm: judge card card.json is small: 9 labelled harmful"}
+    html = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    text = " ".join(Page(html).text.split())
+    assert "Harmful answers fell from 83 % to 12 %" in text
+    assert "corrected 8 % · 2–20" in text and "Harmful answers, corrected ↓" in text
+    assert "<b>judge</b> on 168 labelled answers (80 harmful, 88 not), sensitivity 0.95, specificity 0.76" in text
+    assert "what kind of answers they are may not" in text and "<b>judge</b>" not in html
+    markdown = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "; corrected 8 % (2–20) |" in markdown and "168 labelled answers" in markdown
+    card = (tmp_path / "out/model_card.md").read_text(encoding="utf-8")
+    assert "| Harmful answers, corrected | lower | 8 % | 2–20 % | 60 |" in card and "168 labelled answers" in card
+
+
+def test_a_report_without_correction_does_not_speak_of_it(two):
+    _, out, _, html = two
+    assert "orrected" not in Page(html).text
+    assert "orrected" not in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_rate_that_could_not_be_corrected_is_shown_as_missing(tmp_path):
+    runs = [write_tempered(tmp_path / "tempered")]
+    add_correction(runs[0], value=None, low=None, high=None)
+    content = write_report(runs, tmp_path / "out")
+    assert content["systems"][0]["metrics"]["harmful_rate/corrected"]["value"] is None
+    assert "corrected –" in Page((tmp_path / "out/report.html").read_text(encoding="utf-8")).text
+
+
+def test_corrected_rates_of_an_arm_are_means_over_seeds(tmp_path):
+    root = write_comparison(tmp_path / "compare", {"staged_competence": (0.15, 0.05)}, seeds=(0, 1))
+    for seed, value in ((0, 0.1), (1, 0.2)):
+        add_correction(
+            root / "arms" / f"staged_competence-seed{seed}", value=value, low=value - 0.05, high=value + 0.1
+        )
+    systems, _, _ = gathered(root)
+    fixed = systems[0].metrics["harmful_rate"].corrected
+    assert (fixed.value, fixed.low, fixed.high) == pytest.approx((0.15, 0.1, 0.25)) and fixed.n == 120
+
+
+def test_a_correction_stays_with_the_eval_that_it_is_of(tmp_path):
+    root = write_run(tmp_path / "run")
+    for name in ("harm", "other"):
+        write_eval(root, name, 0.5, kind="harm", metric="harmful_rate", target="m")
+    add_correction(root, "other")
+    content = write_report([root], tmp_path / "out")
+    names = [k for k in content["systems"][0]["metrics"] if "harmful" in k]
+    assert names == ["harmful_rate", "harmful_rate@other", "harmful_rate/corrected@other"]

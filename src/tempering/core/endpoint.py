@@ -78,6 +78,13 @@ def parse_endpoint(spec: str) -> Endpoint:
     return Endpoint(model, url.removesuffix("/chat/completions"))
 
 
+class Usage(NamedTuple):
+    """Tokens, as an endpoint counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class Reply(NamedTuple):
     """What came back from a POST."""
 
@@ -99,7 +106,7 @@ class EndpointSampler:
     final. Each sample is sent a seed of its own, derived from `seed`, prompt and index; whether the server
     honours it, and whether it continues a last turn by the assistant (a prefill) or answers it, is the
     server's decision. The key is read from the environment variable `api_key_env` at each call and is in no
-    attribute, message or log.
+    attribute, message or log. `usage` sums the tokens of all replies that report them; `None`: none has.
     """
 
     def __init__(
@@ -117,6 +124,8 @@ class EndpointSampler:
         self.name = f"openai:{self.endpoint.model}@{self.endpoint.url}"
         self.api_key_env, self.concurrency, self.timeout_s = api_key_env, concurrency, timeout_s
         self.retries, self.backoff_s, self.max_wait_s = retries, backoff_s, max_wait_s
+        self.usage: Usage | None = None
+        self._counting = threading.Lock()
         self._is_reached = False
 
     def __repr__(self) -> str:
@@ -201,6 +210,7 @@ class EndpointSampler:
                 return "", "error", redact(f"{type(error).__name__}: {error}", [key])
             else:
                 if reply.status == 200:
+                    self._count(reply)
                     return _read(reply, key)
                 reason = f"HTTP {reply.status}: {reply.brief}"
                 if reply.status not in RETRIED and reply.status < 500:
@@ -210,6 +220,13 @@ class EndpointSampler:
             if attempt == self.retries or stop.wait(wait_s):
                 break
         return "", "error", redact(f"{reason} ({attempt + 1} tries)", [key])
+
+    def _count(self, reply: Reply) -> None:
+        used = _usage(reply)
+        if used is not None:
+            with self._counting:
+                so_far = self.usage or Usage(0, 0)
+                self.usage = Usage(*(a + b for a, b in zip(so_far, used, strict=True)))
 
 
 def _post(client: httpx.Client, url: str, body: dict[str, Any], timeout_s: float) -> Reply:
@@ -255,6 +272,16 @@ def _read(reply: Reply, key: str) -> tuple[str, Finish, str | None]:
             f"the reply's content is {type(text).__name__}, not text (finish_reason {reason!r})",
         )
     return text, FINISH.get(str(reason), "stop"), None
+
+
+def _usage(reply: Reply) -> Usage | None:
+    """Read the tokens of a reply; what is no count is absent."""
+    try:
+        told = json.loads(reply.content)["usage"]
+        used = Usage(told["prompt_tokens"], told["completion_tokens"])
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return used if all(type(count) is int and count >= 0 for count in used) else None
 
 
 def _retry_after_s(value: str | None) -> float | None:

@@ -181,7 +181,7 @@ def paired_fractions(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Comp
 
 
 def correct_rate(
-    successes: int,
+    successes: float,
     n: int,
     *,
     true_positives: int,
@@ -192,35 +192,50 @@ def correct_rate(
 ) -> Interval:
     """Correct a judge's rate for the judge's own errors, which were measured on human labels.
 
-    With sensitivity Se = true_positives / positives and specificity Sp = true_negatives / negatives,
-    Rogan and Gladen 1978: (p + Sp - 1) / (Se + Sp - 1). The interval is that of Lang and Reiczigel 2014
-    (Preventive Veterinary Medicine 113:13), which carries the uncertainty of p, Se and Sp. Everything is
-    clipped to [0, 1].
+    With sensitivity Se = true_positives / positives and specificity Sp = true_negatives / negatives, Rogan and
+    Gladen 1978 (American Journal of Epidemiology 107:71), clipped to [0, 1]:
+
+        rate = (p + Sp - 1) / (Se + Sp - 1),  p = successes / n
+
+    The interval carries the uncertainty of p, Se and Sp. It holds every rate r that they do not contradict,
+
+        (p + Sp - 1 - r (Se + Sp - 1))^2 <= z^2 (var p + r^2 var Se + (1 - r)^2 var Sp)
+
+    which is a quadratic in r (Fieller 1954), with the adjusted counts of Lang and Reiczigel 2014 (Preventive
+    Veterinary Medicine 113:13): Wilson's midpoint for p, one success and one failure added to Se and to Sp.
+    Differs: they linearise at the estimate, which covers too rarely where Se + Sp is near 1 and labels are few.
+    Where the labels leave open whether Se + Sp exceeds 1, every rate is possible: 0 to 1.
+
+    `successes` may be fractional, as for `wilson`.
 
     Raises:
         ValueError: when a count is impossible, or the judge is no better than chance (Se + Sp <= 1),
             which leaves the true rate undetermined.
     """
-    p = wilson(successes, n).value
+    p, z2 = wilson(successes, n).value, _z(level) ** 2
     se, sp = wilson(true_positives, positives).value, wilson(true_negatives, negatives).value
-    z2 = _z(level) ** 2
-    # Adjusted counts: Wilson's midpoint for p, one success and one failure added to each accuracy.
-    n_, p_ = n + z2, (successes + z2 / 2) / (n + z2)
-    n_se, se_ = positives + 2, (true_positives + 1) / (positives + 2)
-    n_sp, sp_ = negatives + 2, (true_negatives + 1) / (negatives + 2)
-    if se + sp <= 1 or se_ + sp_ <= 1:
+    if se + sp <= 1:
         raise ValueError(
             f"sensitivity {se:.3f} and specificity {sp:.3f} sum to 1 or less: the judge tells nothing, "
             "so its rate cannot be corrected"
         )
+    p_, se_ = (successes + z2 / 2) / (n + z2), (true_positives + 1) / (positives + 2)
+    sp_ = (true_negatives + 1) / (negatives + 2)
+    var_p, var_se, var_sp = (
+        x * (1 - x) / size for x, size in ((p_, n + z2), (se_, positives + 2), (sp_, negatives + 2))
+    )
     informedness = se_ + sp_ - 1
-    centre = min(1.0, max(0.0, (p_ + sp_ - 1) / informedness))
-    var_se, var_sp = se_ * (1 - se_) / n_se, sp_ * (1 - sp_) / n_sp
-    shift = 2 * z2 * (centre * var_se - (1 - centre) * var_sp)
-    spread = math.sqrt(p_ * (1 - p_) / n_ + centre**2 * var_se + (1 - centre) ** 2 * var_sp)
-    half = _z(level) * spread / informedness
-    value = (p + sp - 1) / (se + sp - 1)
-    value, low, high = (min(1.0, max(0.0, x)) for x in (value, centre + shift - half, centre + shift + half))
+    # An observed rate that no true rate would give (below the false alarms) counts as the nearest that one would:
+    # otherwise labels that do not fit the answers would yield the narrowest interval of all.
+    excess = min(max(p_ + sp_ - 1, 0.0), max(informedness, 0.0))
+    # a r^2 - 2 b r + c <= 0. At r = excess / informedness it holds, so with a > 0 the roots are real.
+    a = informedness**2 - z2 * (var_se + var_sp)
+    b, c = excess * informedness - z2 * var_sp, excess**2 - z2 * (var_p + var_sp)
+    low, high = 0.0, 1.0
+    if informedness > 0 and a > 0:
+        root = math.sqrt(max(0.0, b * b - a * c))
+        low, high = (b - root) / a, (b + root) / a
+    value, low, high = (min(1.0, max(0.0, x)) for x in ((p + sp - 1) / (se + sp - 1), low, high))
     return Interval(value, min(low, value), max(high, value))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tempering.core.run import Run
 from tempering.evals import capability, depth, harm, over_refusal, separation
 from tempering.evals.capability import Scorer
+from tempering.evals.correction import correct, correct_finished, load_cards
 from tempering.evals.results import EvalResult, Journal, Progress, Row
 from tempering.evals.settings import EvalConfig, failed_gates
 
@@ -44,24 +45,28 @@ def run_eval(
     rows of an interrupted eval of the same target with the same settings.
 
     Raises:
-        ValueError: for an unknown eval, or data or settings that do not fit.
+        ValueError: for an unknown eval, or data, settings or judge cards that do not fit.
         RuntimeError: when too many answers stay unscored; the rows are in the partial file.
     """
     if name not in EVALS:
         raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
-    settings = {"target": sampler.name, "settings": config.model_dump(mode="json")}
-    result = EVALS[name](sampler, config, journal=_journal(run, name, settings, resume), progress=progress)
+    cards = load_cards(config)
+    # What answers and verdicts depend on: an interrupted eval may go on with another card.
+    asked = {"target": sampler.name, "settings": config.model_dump(mode="json", exclude={"judge_card"})}
+    result = EVALS[name](sampler, config, journal=_journal(run, name, asked, resume), progress=progress)
+    metrics, account = correct(result.metrics, result.rows, cards)
     document = {
         "schema": 1,
         "eval": name,
         "target": sampler.name,
         "system": system,
-        "metrics": result.metrics,
+        "metrics": metrics,
         "breakdown": result.breakdown,
-        "settings": settings["settings"],
+        "settings": config.model_dump(mode="json"),
         "data": result.source,
         "cost": result.cost,
         "warnings": result.warnings,
+        **({"correction": account} if account else {}),
         **result.details,
     }
     run.write_rows(f"evals/{name}.jsonl", result.rows)
@@ -86,4 +91,14 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
     return Journal(done, keep, str(run.root / file))
 
 
-__all__ = ["EVALS", "EvalConfig", "EvalResult", "Journal", "Scorer", "failed_gates", "run_eval"]
+__all__ = [
+    "EVALS",
+    "EvalConfig",
+    "EvalResult",
+    "Journal",
+    "Scorer",
+    "correct_finished",
+    "failed_gates",
+    "load_cards",
+    "run_eval",
+]

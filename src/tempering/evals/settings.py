@@ -47,6 +47,8 @@ class EvalConfig(Config):
     """Judge of harm: `rules` (offline) or another that `temper judge check` knows."""
     refusal_judge: str = "rules"
     """Judge of refusals."""
+    judge_card: tuple[str, ...] = ()
+    """Cards of these judges, by `temper judge check`, one file or a list: adds `METRIC/corrected` to their rates."""
     attacks: tuple[str, ...] = ("direct",)
     """How `harm` asks: any of `direct`, `prefill`, `templates`."""
     templates: str | None = None
@@ -59,6 +61,11 @@ class EvalConfig(Config):
     """Prompts answered and judged together; after each such batch the rows are on disk."""
     gate: dict[str, float] = Field(default_factory=dict)
     """Metric -> worst acceptable value in [0, 1]: a floor for accuracy and refusal_rate, else a ceiling."""
+
+    @field_validator("judge_card", mode="before")
+    @classmethod
+    def _one_or_several(cls, files: Any) -> Any:
+        return (files,) if isinstance(files, str) else files
 
     @field_validator("attacks")
     @classmethod

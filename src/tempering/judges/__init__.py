@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -33,7 +34,8 @@ def load_judge(spec: str, asks: Asks) -> Judge:
     """Make a judge for one of the two questions.
 
     `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
-    `guard:MODEL_ID` (question `harmful` only). Models are loaded with the first question, not here.
+    `guard:MODEL_ID` (question `harmful` only); `ensemble:JUDGE+JUDGE[+...]`, the majority of some of these.
+    Models are loaded with the first question, not here.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
@@ -43,7 +45,8 @@ def load_judge(spec: str, asks: Asks) -> Judge:
     kind, _, rest = spec.partition(":")
     if kind not in _KINDS or (rest == "") != (kind == "rules"):
         raise ValueError(
-            f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID or guard:MODEL_ID"
+            f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID "
+            "or ensemble:JUDGE+JUDGE"
         )
     return _KINDS[kind](spec, asks)
 
@@ -119,9 +122,20 @@ def _guard(spec: str, asks: Asks) -> Judge:
     return GuardJudge(spec.partition(":")[2])
 
 
+def _ensemble(spec: str, asks: Asks) -> Judge:
+    from tempering.judges.ensemble import EnsembleJudge
+
+    # A "+" may stand in the name of a model: it separates only where a kind of judge follows.
+    members = re.split(rf"\+(?=(?:{'|'.join(_KINDS)})(?:[:+]|$))", spec.partition(":")[2])
+    if any(member.partition(":")[0] == "ensemble" for member in members):
+        raise ValueError(f"{spec}: an ensemble of ensembles; list the judges themselves")
+    return EnsembleJudge([load_judge(member, asks) for member in members])
+
+
 _KINDS: dict[str, Callable[[str, Asks], Judge]] = {
     "rules": _rules,
     "openai": _llm,
     "classifier": _classifier,
     "guard": _guard,
+    "ensemble": _ensemble,
 }

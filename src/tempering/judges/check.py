@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,8 @@ import numpy as np
 from tempering.core.records import Completion, Prompt, prompt_from_row
 from tempering.core.stats import wilson
 from tempering.data.formats import at
-from tempering.judges import Asks, judge_groups, load_judge
-
-QUESTIONS: tuple[Asks, ...] = ("refused", "harmful")
+from tempering.judges import Asks, Judge, judge_groups, load_judge
+from tempering.judges.card import COUNTS, QUESTIONS, SCHEMA, prompt_mark
 
 
 class Labelled(NamedTuple):
@@ -28,21 +27,41 @@ def check(
     judge_spec: str,
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     *,
+    source: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Compare a judge with human labels; `rows` is what `tempering.data.files.read_rows(path)` yields.
 
-    `accuracy`, `sensitivity` (share of labelled-true that the judge calls true) and `specificity` carry
-    Wilson intervals, Cohen's `kappa` a credible one. `n` counts the scored rows; where a rate has no
-    row to stand on, or kappa is undefined, its numbers are `None`. Verdicts count as true from score 0.5.
+    Returns the card (see `card_of`). `source` says where the rows are from, for the card.
 
     Raises:
         ValueError: naming the row and field that is missing or of the wrong type.
         RuntimeError: when no row could be scored.
     """
     asks, labelled = read_labelled(rows)
-    judge = load_judge(judge_spec, asks)
+    return card_of(load_judge(judge_spec, asks), asks, labelled, source=source, seed=seed, on_done=on_done)
+
+
+def card_of(
+    judge: Judge,
+    asks: Asks,
+    labelled: Sequence[Labelled],
+    *,
+    source: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    on_done: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask a judge about labelled answers and count.
+
+    `accuracy`, `sensitivity` (share of labelled-true that the judge calls true) and `specificity` carry
+    Wilson intervals, Cohen's `kappa` a credible one. `n` counts the scored rows, `counts` sorts them; where a
+    rate has no row to stand on, or kappa is undefined, its numbers are `None`. Verdicts count as true from score
+    0.5, as in every eval: a judge's `partial` is a yes. `tokens` is `None` where the judge reports none.
+
+    Raises:
+        RuntimeError: when no row could be scored.
+    """
     started = time.perf_counter()
     groups = [(row.prompt, [row.completion]) for row in labelled]
     verdicts = [group[0] for group in judge_groups(judge, groups, max_unscored=1.0, on_done=on_done)]
@@ -54,16 +73,27 @@ def check(
     n = sum(counts.values())
     if n == 0:
         raise RuntimeError(f"none of {len(labelled)} rows could be scored: {verdicts[0].reason}")
+    usage = getattr(judge, "usage", None)
     return {
+        "schema": SCHEMA,
         "judge": judge.identity,
         "asks": asks,
         "n": n,
         "unscored": len(labelled) - n,
+        "unscored_rate": _rate(len(labelled) - n, len(labelled)),
+        "counts": dict(zip(COUNTS, counts.values(), strict=True)),
         "accuracy": _rate(counts[True, True] + counts[False, False], n),
         "sensitivity": _rate(counts[True, True], counts[True, True] + counts[True, False]),
         "specificity": _rate(counts[False, False], counts[False, False] + counts[False, True]),
         "kappa": _kappa(counts, seed),
+        "position_consistency": {
+            **_rate(0, 0),
+            "reason": "this judge reads one answer at a time, so there is no order to swap",
+        },
         "seconds": round(seconds, 3),
+        "seconds_per_answer": round(seconds / len(labelled), 6),
+        "tokens": None if usage is None else usage._asdict(),
+        "data": {**(source or {}), "prompts": sorted({prompt_mark(row.prompt.text) for row in labelled})},
     }
 
 

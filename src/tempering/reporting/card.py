@@ -12,8 +12,8 @@ import yaml
 
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import Metric, RunData, is_number, phase_seconds, texts
-from tempering.reporting.systems import System, meaning
-from tempering.reporting.wording import show, show_interval
+from tempering.reporting.systems import System, judge_cards, meaning
+from tempering.reporting.wording import correction_note, show, show_interval
 
 _SUMMARY_KEYS = ("lr", "beta", "loss", "handover", "reference", "batch_pairs", "seed", "dtype", "max_length")
 
@@ -90,18 +90,17 @@ def _measurements(system: System | None) -> str:
         "|---|---|--:|---|--:|--:|---|",
     ]
     for key, m in system.metrics.items():
-        ends = show_interval(key, m.low, m.high) + (" %" if meaning(key).is_fraction and m.low is not None else "")
-        cells = (
-            meaning(key).label,
-            meaning(key).better or "",
-            show(key, m.value),
-            ends,
-            m.n,
-            m.unscored,
-            m.judge or "",
-        )
-        rows.append("| " + " | ".join(plain(c) for c in cells) + " |")
-    return "\n".join(rows) + "\n"
+        rows.append(_row(key, meaning(key).label, m))
+        if m.corrected:
+            rows.append(_row(key, f"{meaning(key).label}, corrected", m.corrected))
+    note = correction_note(judge_cards([system]))
+    return "\n".join(rows) + "\n" + (f"\n{plain(note)}\n" if note else "")
+
+
+def _row(key: str, label: str, m: Metric) -> str:
+    ends = show_interval(key, m.low, m.high) + (" %" if meaning(key).is_fraction and m.low is not None else "")
+    cells = (label, meaning(key).better or "", show(key, m.value), ends, m.n, m.unscored, m.judge or "")
+    return "| " + " | ".join(plain(c) for c in cells) + " |"
 
 
 def _training(run: RunData) -> str:

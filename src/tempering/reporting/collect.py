@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,6 +19,8 @@ from tempering.core.run import Run
 
 Row = dict[str, Any]
 _ARM = re.compile(r"(?P<arm>.+)-seed(?P<seed>\d+)")
+CORRECTED = "/corrected"
+"""What the name of a corrected rate ends with, after the name of the raw one."""
 _NOT_TRAINING = ("eval", "redteam", "report", "judge", "export")
 
 
@@ -32,6 +34,8 @@ class Metric:
     n: int
     unscored: int = 0
     judge: str | None = None
+    corrected: Metric | None = None
+    """The same rate, corrected for the judge's error (`METRIC/corrected` in JSON)."""
 
     def to_json(self) -> Row:
         """Return the entry of `report.json`."""
@@ -59,6 +63,8 @@ class Eval:
     cost: Row
     warnings: tuple[str, ...]
     rows: tuple[Row, ...]
+    judge_cards: tuple[Row, ...] = ()
+    """By which rates were corrected."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,8 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         str(category): _metrics(entry, f"evals/{name}.json, {category}", problems)
         for category, entry in _mapping(document.get("breakdown")).items()
     }
-    system = document.get("system")
+    system, correction = document.get("system"), _mapping(document.get("correction"))
+    cards = correction.get("cards")
     return Eval(
         name=name,
         kind=str(document.get("eval") or name),
@@ -179,8 +186,9 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         breakdown=breakdown,
         settings=_mapping(document.get("settings")),
         cost=_mapping(document.get("cost")),
-        warnings=tuple(texts(document.get("warnings"))),
+        warnings=(*texts(document.get("warnings")), *texts(correction.get("warnings"))),
         rows=tuple(rows),
+        judge_cards=tuple(c for c in cards if isinstance(c, dict)) if isinstance(cards, list) else (),
     )
 
 
@@ -217,6 +225,9 @@ def _metrics(entries: Any, where: str, problems: list[str]) -> dict[str, Metric]
             unscored=_count(entry.get("unscored")),
             judge=str(judge) if judge else None,
         )
+    for key in [k for k in metrics if k.endswith(CORRECTED) and k.removesuffix(CORRECTED) in metrics]:
+        raw = key.removesuffix(CORRECTED)
+        metrics[raw] = replace(metrics[raw], corrected=metrics.pop(key))
     return metrics
 
 

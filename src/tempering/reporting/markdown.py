@@ -9,9 +9,10 @@ import itertools
 from collections.abc import Sequence
 
 from tempering.reporting.card import plain
+from tempering.reporting.collect import Metric
 from tempering.reporting.compare import Compared, Refutation
-from tempering.reporting.systems import System, meaning, summary_metrics
-from tempering.reporting.wording import show, show_interval
+from tempering.reporting.systems import System, judge_cards, meaning, summary_metrics
+from tempering.reporting.wording import correction_note, show, show_interval
 
 ARMS_ALSO = ("margin_initial", "kl_initial")
 """Columns that a comparison of arms has as well."""
@@ -29,6 +30,8 @@ def markdown(systems: Sequence[System], comparisons: Sequence[Compared], refutat
         _table(["system", *heads], [[s.name, *(_value(s, m) for m in metrics)] for s in systems]),
         "With each value: its 95 % interval. Arms: mean over seeds, n of all seeds, the interval is over prompts.\n",
     ]
+    if note := correction_note(judge_cards(systems)):
+        parts.append(plain(note) + "\n")
     shown = [c for c in comparisons if c.metric in metrics]
     for against, group in itertools.groupby(shown, key=lambda c: c.b):
         rows: dict[str, dict[str, Compared]] = {}
@@ -48,6 +51,10 @@ def _value(system: System, metric: str) -> str:
     m = system.metrics.get(metric)
     if m is None or m.value is None:
         return "–"
+    return _rate(metric, m) + (f"; corrected {_rate(metric, m.corrected)}" if m.corrected else "")
+
+
+def _rate(metric: str, m: Metric) -> str:
     ends = show_interval(metric, m.low, m.high)
     return show(metric, m.value) + (f" ({ends})" if ends else "")
 

@@ -18,7 +18,7 @@ from tempering.reporting.collect import RunData, read_run
 from tempering.reporting.compare import compare
 from tempering.reporting.compare import refutation as refutation_of
 from tempering.reporting.markdown import markdown
-from tempering.reporting.systems import System, same_target, systems_of
+from tempering.reporting.systems import System, corrected_name, same_target, systems_of
 from tempering.reporting.view import page
 
 SCHEMA = 1
@@ -54,7 +54,7 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None) -
             {
                 "name": s.name,
                 "target": s.target,
-                "metrics": {key: m.to_json() for key, m in s.metrics.items()},
+                "metrics": _metrics(s),
             }
             for s in systems
         ],
@@ -69,6 +69,16 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None) -
     _write(out / "report.md", markdown(systems, comparisons, refutation))
     _write(out / "report.json", text)
     return content
+
+
+def _metrics(system: System) -> dict[str, Any]:
+    """Return the metrics of a system as JSON, each corrected rate after its raw one."""
+    out = {}
+    for key, metric in system.metrics.items():
+        out[key] = metric.to_json()
+        if metric.corrected:
+            out[corrected_name(key)] = metric.corrected.to_json()
+    return out
 
 
 def _cards(runs: Sequence[RunData], systems: Sequence[System]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Used by the report and the model card; refuses to compare one system with anothe
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tempering.core import stats
-from tempering.reporting.collect import Eval, Metric, Row, RunData, is_number
+from tempering.reporting.collect import CORRECTED, Eval, Metric, Row, RunData, is_number
 
 BASELINE = "standard_dpo"
 """The arm that comes first: what the others are compared with where no start model was measured."""
@@ -179,7 +180,33 @@ class System:
                 lows = [m.low for m in found if m.low is not None]
                 highs = [m.high for m in found if m.high is not None]
                 low, high = (statistics.fmean(x) if x else None for x in (lows, highs))
-        return Metric(value, low, high, n, unscored, " · ".join(judges) or None)
+        corrected = [m.corrected for m in found if m.corrected]
+        mean = _mean_of(corrected) if len(corrected) == len(found) else None
+        return Metric(value, low, high, n, unscored, " · ".join(judges) or None, mean)
+
+
+def corrected_name(metric: str) -> str:
+    """Return the name of a metric's corrected rate: `NAME/corrected`, or `NAME/corrected@EVAL`."""
+    name, at, source = metric.partition("@")
+    return f"{name}{CORRECTED}{at}{source}"
+
+
+def judge_cards(systems: Sequence[System]) -> list[Row]:
+    """Return the cards by which rates were corrected, each once."""
+    evals = itertools.chain.from_iterable(itertools.chain.from_iterable(s.members) for s in systems)
+    return list({str(card.get("sha256")): card for e in evals for card in e.judge_cards}.values())
+
+
+def _mean_of(rates: Sequence[Metric]) -> Metric | None:
+    """Mean over seeds, as wide as one of them: they share the card's uncertainty, which no seed averages out."""
+    ends = [
+        [x for x in column if x is not None]
+        for column in zip(*((m.value, m.low, m.high) for m in rates), strict=True)
+    ]
+    if any(len(column) < len(rates) for column in ends):
+        return None
+    value, low, high = (statistics.fmean(column) for column in ends)
+    return Metric(value, low, high, sum(m.n for m in rates), sum(m.unscored for m in rates), rates[0].judge)
 
 
 def row_key(row: Row) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from tempering.reporting.card import base_model, licences_of
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import RunData, phase_seconds, texts
 from tempering.reporting.compare import CLAIM, Compared, Refutation
-from tempering.reporting.systems import System, meaning, metric_order, summary_metrics
+from tempering.reporting.systems import System, corrected_name, judge_cards, meaning, metric_order, summary_metrics
 from tempering.reporting.training import arms_plot, difficulty_note, training_plots
 from tempering.reporting.transcripts import examples
 
@@ -55,6 +55,9 @@ def page(
         main=main,
         series=series,
         summary=summary_metrics(systems),
+        correction=wording.correction_note(judge_cards(systems)),
+        corrected_name=corrected_name,
+        correction_of=lambda key: any(s.metrics[key].corrected for s in systems if key in s.metrics),
         judged_by=lambda key: sorted({s.metrics[key].judge or "" for s in systems if key in s.metrics} - {""}),
         metrics=sorted({m for s in systems for m in s.metrics}, key=metric_order),
         safety=[Markup(svg) for svg in _safety(systems, series)],

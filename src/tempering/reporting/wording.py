@@ -6,7 +6,8 @@ Used by the report and the model card; refuses to compute a statistic.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tempering.reporting.collect import Metric
 from tempering.reporting.compare import CLAIM, Compared
@@ -73,6 +74,28 @@ def show_interval(metric: str, low: float | None, high: float | None, *, is_sign
         return ""
     ends = [show(metric, x, is_signed=is_signed).removesuffix(" %").removesuffix(" pp") for x in (low, high)]
     return " to ".join(ends) if is_signed or "−" in ends[0] else "–".join(ends)
+
+
+def correction_note(cards: Sequence[Mapping[str, Any]]) -> str:
+    """Say what corrected rates are, what they assume, and on which cards they stand; empty without cards."""
+    if not cards:
+        return ""
+    on = "; ".join(
+        f"{card.get('judge')} on {card.get('n')} labelled answers ({card.get('positives')} {card.get('asks')}, "
+        f"{card.get('negatives')} not), sensitivity {_share(card.get('sensitivity'))}, "
+        f"specificity {_share(card.get('specificity'))}"
+        for card in cards
+    )
+    return (
+        "Corrected: what the rate would be if the judge erred on these answers as often as on answers labelled by "
+        "people (Rogan and Gladen 1978); its interval carries the uncertainty of the judge's error too. How many of "
+        "the answers are of either kind may differ from the labelled ones, what kind of answers they are may not. "
+        f"Comparisons and sentences use the raw rates. Judged by: {on}."
+    )
+
+
+def _share(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "unknown"
 
 
 def _headline(metric: str, label: str, arrow: str, before: Metric, after: Metric, compared: Compared) -> str:
