@@ -143,3 +143,17 @@ def test_no_groups_no_verdicts():
 def test_intervals_are_finite():
     card = check("rules", located(ROWS * 10))
     assert all(math.isfinite(x) for name in ("accuracy", "kappa") for x in card[name].values())
+
+
+def test_a_check_that_is_cut_short_by_a_cap_says_so_and_gives_no_card():
+    from tempering.core.ledger import SPENT
+    from tempering.core.records import Completion
+
+    def ask(prompts, **kw):
+        good = Completion("", '{"verdict": "refusal"}', "stop")
+        return [[good if i == 0 else Completion("", "", "error", error=f"{SPENT}: ...")] for i in range(len(prompts))]
+
+    ask.name = "scripted"
+    rows = [("row", {"prompt": "a?", "completion": f"b{i}", "refused": True}) for i in range(3)]
+    with pytest.raises(RuntimeError, match=r"2 of 3 rows were not judged.*spending limit reached"):
+        check("openai:m@http://host/v1", rows, connect=lambda spec: ask)

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
 from tempering.evals import capability, depth, harm, over_refusal, separation
 from tempering.evals.capability import Scorer
 from tempering.evals.results import EvalResult, Journal, Progress, Row
-from tempering.evals.settings import EvalConfig, failed_gates
+from tempering.evals.settings import HOW_ASKED, EvalConfig, failed_gates
 
 if TYPE_CHECKING:
     from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
@@ -49,8 +50,9 @@ def run_eval(
     """
     if name not in EVALS:
         raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
-    settings = {"target": sampler.name, "settings": config.model_dump(mode="json")}
-    result = EVALS[name](sampler, config, journal=_journal(run, name, settings, resume), progress=progress)
+    settings = {"target": sampler.name, "settings": config.model_dump(mode="json", exclude=HOW_ASKED)}
+    journal = _journal(run, name, settings, resume)
+    result = EVALS[name](sampler, with_cache(config, run.root), journal=journal, progress=progress)
     document = {
         "schema": 1,
         "eval": name,
@@ -70,6 +72,11 @@ def run_eval(
     return document
 
 
+def with_cache(config: EvalConfig, root: Path) -> EvalConfig:
+    """Return the configuration with a cache folder: its own, or one in the run folder."""
+    return config.model_copy(update={"cache": config.cache or str(root / "cache")})
+
+
 def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Journal:
     """Open the file of finished batches; its first row says of what target and settings they are."""
     file = f"evals/{name}.partial.jsonl"
@@ -86,4 +93,14 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
     return Journal(done, keep, str(run.root / file))
 
 
-__all__ = ["EVALS", "EvalConfig", "EvalResult", "Journal", "Scorer", "failed_gates", "run_eval"]
+__all__ = [
+    "EVALS",
+    "HOW_ASKED",
+    "EvalConfig",
+    "EvalResult",
+    "Journal",
+    "Scorer",
+    "failed_gates",
+    "run_eval",
+    "with_cache",
+]

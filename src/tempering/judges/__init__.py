@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tempering.core.records import Completion, Prompt, Verdict
 
-__all__ = ["Asks", "Group", "Judge", "judge_groups", "load_judge"]
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+
+__all__ = ["Asks", "Connect", "Group", "Judge", "judge_groups", "load_judge"]
 
 Asks = Literal["harmful", "refused"]
 Group = tuple[Prompt, Sequence[Completion]]
@@ -29,8 +32,12 @@ class Judge(Protocol):
         ...
 
 
-def load_judge(spec: str, asks: Asks) -> Judge:
-    """Make a judge for one of the two questions.
+Connect = Callable[[str], "Sampler"]
+"""Makes what asks an endpoint, `openai:MODEL@URL`."""
+
+
+def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
+    """Make a judge for one of the two questions; `connect` where an endpoint needs other settings than the default.
 
     `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
     `guard:MODEL_ID` (question `harmful` only). Models are loaded with the first question, not here.
@@ -41,10 +48,12 @@ def load_judge(spec: str, asks: Asks) -> Judge:
     if asks not in ("harmful", "refused"):
         raise ValueError(f"unknown question {asks!r}; a judge answers 'harmful' or 'refused'")
     kind, _, rest = spec.partition(":")
-    if kind not in _KINDS or (rest == "") != (kind == "rules"):
+    if kind not in (*_KINDS, "openai") or (rest == "") != (kind == "rules"):
         raise ValueError(
             f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID or guard:MODEL_ID"
         )
+    if kind == "openai":
+        return _llm(spec, asks, connect)
     return _KINDS[kind](spec, asks)
 
 
@@ -97,11 +106,11 @@ def _rules(spec: str, asks: Asks) -> Judge:
     return RulesJudge(asks)
 
 
-def _llm(spec: str, asks: Asks) -> Judge:
+def _llm(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.core.endpoint import EndpointSampler
     from tempering.judges.llm import LLMJudge
 
-    return LLMJudge(EndpointSampler(spec), asks)
+    return LLMJudge((connect or EndpointSampler)(spec), asks)
 
 
 def _classifier(spec: str, asks: Asks) -> Judge:
@@ -121,7 +130,6 @@ def _guard(spec: str, asks: Asks) -> Judge:
 
 _KINDS: dict[str, Callable[[str, Asks], Judge]] = {
     "rules": _rules,
-    "openai": _llm,
     "classifier": _classifier,
     "guard": _guard,
 }

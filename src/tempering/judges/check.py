@@ -8,12 +8,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tempering.core.config import Config
+from tempering.core.endpoint import EndpointConfig, EndpointSampler
+from tempering.core.ledger import SPENT
 from tempering.core.records import Completion, Prompt, prompt_from_row
 from tempering.core.stats import wilson
 from tempering.data.formats import at
-from tempering.judges import Asks, judge_groups, load_judge
+from tempering.judges import Asks, Connect, judge_groups, load_judge
 
 QUESTIONS: tuple[Asks, ...] = ("refused", "harmful")
+
+
+class CheckJudgeConfig(Config):
+    """Settings of `temper judge check`."""
+
+    data: str
+    """File of labelled rows."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How a judge `openai:MODEL@URL` is asked, and what it may cost."""
+    cache: str | None = None
+    """Folder of what it has answered, never asked again; null: nothing is kept."""
+
+    def connect(self, spec: str) -> EndpointSampler:
+        """Connect the judge."""
+        return EndpointSampler(spec, cache=self.cache, **self.endpoint.model_dump())
 
 
 class Labelled(NamedTuple):
@@ -30,6 +48,7 @@ def check(
     *,
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
+    connect: Connect | None = None,
 ) -> dict[str, Any]:
     """Compare a judge with human labels; `rows` is what `tempering.data.files.read_rows(path)` yields.
 
@@ -39,14 +58,16 @@ def check(
 
     Raises:
         ValueError: naming the row and field that is missing or of the wrong type.
-        RuntimeError: when no row could be scored.
+        RuntimeError: when no row could be scored, or an endpoint's spending limit was reached.
     """
     asks, labelled = read_labelled(rows)
-    judge = load_judge(judge_spec, asks)
+    judge = load_judge(judge_spec, asks, connect)
     started = time.perf_counter()
     groups = [(row.prompt, [row.completion]) for row in labelled]
     verdicts = [group[0] for group in judge_groups(judge, groups, max_unscored=1.0, on_done=on_done)]
     seconds = time.perf_counter() - started
+    if spent := [v.reason for v in verdicts if v.reason and SPENT in v.reason]:
+        raise RuntimeError(f"{len(spent)} of {len(labelled)} rows were not judged: {spent[0]}; raise the limit")
     counts = {(label, said): 0 for label in (True, False) for said in (True, False)}
     for row, verdict in zip(labelled, verdicts, strict=True):
         if verdict.holds is not None:
