@@ -99,8 +99,8 @@ def in_batches(
         if spent := [reason for row in new for reason in _reasons(row) if SPENT in reason]:
             scored = sum(None not in row["outcomes"].values() for row in rows.values())
             raise RuntimeError(
-                f"{spent[0]}; {scored} of {len(items)} answers are scored and the others were not asked: raise the "
-                "limit and go on with --resume, which asks nothing twice"
+                f"{spent[0]}; {scored} of {len(items)} answers are scored so far: raise the limit and go on with "
+                "--resume, which asks nothing twice"
             )
         # A judge that is down fails the run after the batch that proves it, not after the last one.
         if any(None in row["outcomes"].values() for row in new):
