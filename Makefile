@@ -33,6 +33,7 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/dpo_vs_trl.py --steps 2 --pairs 5 --batch 8
+	$(BIN)/python benchmarks/endpoint_vs_httpx.py
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

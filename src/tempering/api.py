@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tempering.core.config import Config, build
 from tempering.core.loading import Dtype
@@ -15,6 +15,9 @@ from tempering.core.progress import Advance, progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler, Sampler
+
+if TYPE_CHECKING:
+    from tempering.evals import EvalConfig
 
 
 class EvalRunConfig(Config):
@@ -57,12 +60,15 @@ def train(
     return module.train(settings, resume=resume, policy=policy)
 
 
-def load(target: str, *, dtype: Dtype = "auto") -> Sampler:
-    """Return something that answers: a model reference in this process, or `openai:MODEL@URL`."""
+def load(target: str, *, dtype: Dtype = "auto", **endpoint: Any) -> Sampler:
+    """Return something that answers: a model reference in this process, or `openai:MODEL@URL`.
+
+    `endpoint`: settings of the latter, such as `concurrency` or `cache`; see `EndpointSampler`.
+    """
     if target.startswith("openai:"):
         from tempering.core.endpoint import EndpointSampler
 
-        return EndpointSampler(target)
+        return EndpointSampler(target, **endpoint)
     return LocalSampler(Policy.load(target, dtype=dtype))
 
 
@@ -86,13 +92,10 @@ def evaluate(
         FileExistsError: the results are there already.
         RuntimeError: too many answers could not be judged.
     """
-    from tempering.evals import EVALS, EvalConfig, correct_finished, load_cards, run_eval
+    from tempering.core.endpoint import EndpointSampler
+    from tempering.evals import correct_finished, run_eval, with_cache
 
-    for name in evals:
-        if name not in EVALS:
-            raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
-    config = build(EvalConfig, settings, "eval settings")
-    load_cards(config)  # a card of another judge is an error before a model is loaded
+    config = _eval_config(evals, settings)
     reference = target if isinstance(target, str) else target.name
     run = _eval_run(reference, list(evals), config, out, resume)
     pending = [name for name in evals if not (resume and run.has(f"evals/{name}.json"))]
@@ -100,7 +103,7 @@ def evaluate(
         _require_settings(run, name, config)
         if config.judge_card:
             correct_finished(name, run, config)
-    sampler = load(target) if isinstance(target, str) and pending else target
+    sampler = _connect(target, with_cache(config, run.root)) if isinstance(target, str) and pending else target
     for name in pending:
         assert not isinstance(sampler, str)
         with eval_progress(name) as advance:
@@ -108,8 +111,26 @@ def evaluate(
     if run.config.get("method") == "eval":
         run.finish()
     if isinstance(target, str):
+        if isinstance(sampler, EndpointSampler):
+            say(f"{sampler.name}: {sampler.ledger.summary()}")
         say(f"results in {run.root / 'evals'}")
     return {name: run.read_json(f"evals/{name}.json") for name in evals}
+
+
+def estimate(
+    target: str, evals: Sequence[str], *, out: str | Path | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Count the requests and tokens that `evaluate` would ask of endpoints, and their cost; nothing is asked.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input.
+    """
+    from tempering.evals import with_cache
+    from tempering.evals.estimate import estimate
+
+    config = _eval_config(evals, settings)
+    kept = with_cache(config, _eval_folder(target, list(evals), config, out))
+    return [found for name in evals for found in estimate(name, target, kept)]
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> dict[str, Any]:
@@ -120,25 +141,47 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: 
     return write_report(paths, Path(out) if out is not None else paths[0], title=title)
 
 
-def _eval_run(reference: str, evals: list[str], config: Config, out: str | Path | None, resume: bool) -> Run:
-    """Find or make the folder that the results go to."""
+def _eval_config(evals: Sequence[str], settings: dict[str, Any]) -> EvalConfig:
+    from tempering.evals import EVALS, EvalConfig, load_cards
+
+    for name in evals:
+        if name not in EVALS:
+            raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
+    config = build(EvalConfig, settings, "eval settings")
+    load_cards(config)  # a card of another judge is an error before a model is loaded
+    return config
+
+
+def _connect(target: str, config: EvalConfig) -> Sampler:
+    return config.ask_target(target) if target.startswith("openai:") else load(target)
+
+
+def _eval_folder(reference: str, evals: list[str], config: EvalConfig, out: str | Path | None) -> Path:
+    """Name the folder that the results go to."""
+    from tempering.evals import HOW_ASKED
+
     own = Path(reference)
-    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"judge_card"})
-    is_run = (own / "config.yaml").is_file()
-    if out is None and is_run and settings.get("data") is None:
-        run = Run.open(own)
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=HOW_ASKED)
+    if out is not None:
+        return Path(out)
+    if (own / "config.yaml").is_file() and settings.get("data") is None:
+        return own
+    stamp = content_id(reference, sorted(evals), settings)
+    name = own.name if own.exists() else reference.replace("/", "--").replace(":", "-").replace("@", "-")
+    return Path("runs") / f"eval-{name}-{'-'.join(evals)}-{stamp[:8]}"
+
+
+def _eval_run(reference: str, evals: list[str], config: EvalConfig, out: str | Path | None, resume: bool) -> Run:
+    """Find or make the folder that the results go to."""
+    folder = _eval_folder(reference, evals, config, out)
+    if (folder / "config.yaml").is_file():  # more evals of one target go into one folder
+        run = Run.open(folder)
+        known = run.config.get("target", reference)
+        if folder != Path(reference) and known != reference:
+            raise ValueError(f"{folder} holds evals of {known}, not of {reference}; give another out=DIR")
     else:
-        stamp = content_id(reference, sorted(evals), settings)
-        name = own.name if own.exists() else reference.replace("/", "--").replace(":", "-").replace("@", "-")
-        folder = Path(out) if out is not None else Path("runs") / f"eval-{name}-{'-'.join(evals)}-{stamp[:8]}"
-        if (folder / "config.yaml").is_file():  # more evals of one target go into one folder
-            run = Run.open(folder)
-            known = run.config.get("target", reference)
-            if known != reference:
-                raise ValueError(f"{folder} holds evals of {known}, not of {reference}; give another out=DIR")
-        else:
-            run = Run.create(folder, "eval", EvalRunConfig(target=reference), resume=resume)
-            run.write_provenance(method="eval", target=reference, judges=[], unsafe=False)
+        run = Run.create(folder, "eval", EvalRunConfig(target=reference), resume=resume)
+        run.write_provenance(method="eval", target=reference, judges=[], unsafe=False)
     taken = [name for name in evals if run.has(f"evals/{name}.json")]
     if taken and not resume:
         raise FileExistsError(
@@ -153,9 +196,12 @@ def _require_settings(run: Run, name: str, config: Config) -> None:
     Raises:
         ValueError: a result that is there was made with other settings.
     """
-    old, new = run.read_json(f"evals/{name}.json")["settings"], config.model_dump(mode="json")
+    from tempering.evals import HOW_ASKED
+
+    old = run.read_json(f"evals/{name}.json")["settings"]
+    new = config.model_dump(mode="json", exclude={"gate", *HOW_ASKED})
     for key in new:
-        if key not in ("gate", "judge_card") and old.get(key, new[key]) != new[key]:
+        if old.get(key, new[key]) != new[key]:
             raise ValueError(
                 f"{run.root}/evals/{name}.json was made with {key}={old[key]}, not {new[key]}; give another out=DIR"
             )

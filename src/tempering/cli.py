@@ -97,6 +97,9 @@ def eval_(
     items: Annotated[list[str], typer.Argument(metavar="EVAL ... [key=value ...]", help="Evals, then settings.")],
     config: Recipe = None,
     resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count requests, tokens and cost of endpoints; ask nobody.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -106,14 +109,20 @@ def eval_(
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
     where a limit is not met).
 
+    Of endpoints (docs/endpoints.md): cache=DIR, and for the target endpoint.KEY=VALUE, for judges
+    judge_endpoint.KEY=VALUE, where KEY is api_key_env, concurrency, timeout_s, retries, backoff_s, max_wait_s,
+    stream, price_in, price_out, budget or max_tokens_total.
+
     Examples:
     temper eval runs/demo harm data=advbench.jsonl out=runs/advbench
 
     temper eval smollm2 harm over_refusal capability out=runs/base
 
     temper eval runs/mine harm gate.harmful_rate=0.1
+
+    temper eval openai:MODEL@URL harm endpoint.price_in=1 endpoint.price_out=4 endpoint.budget=5 --dry-run
     """
-    from tempering.api import evaluate
+    from tempering.api import estimate, evaluate
     from tempering.core.config import build, merge, parse_overrides, read_yaml
     from tempering.evals import EVALS, EvalConfig, failed_gates
 
@@ -125,6 +134,12 @@ def eval_(
     if file is not None:
         settings = merge(read_yaml(file), settings)
     out = settings.pop("out", None)
+    if dry_run:
+        found = estimate(target, names, out=out, **settings)
+        if not as_json:
+            _print_estimate(found)
+        _finish(found, as_json)
+        return
     results = evaluate(target, names, out=out, resume=resume, **settings)
     if not as_json:
         _print_metrics(results)
@@ -283,23 +298,21 @@ def judge_check(
     """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused` or `harmful` per line).
 
     Prints the judge's card and saves it, for `temper eval ... judge_card=FILE`. Settings: data=FILE out=FILE
-    (default: a file in runs/judge-cards).
+    (default: a file in runs/judge-cards); of an endpoint (docs/endpoints.md): cache=DIR (a check that was cut short
+    goes on from there) and endpoint.KEY=VALUE.
 
-    Example: temper judge check rules data=labels.jsonl
+    Examples:
+    temper judge check rules data=labels.jsonl
+
+    temper judge check openai:MODEL@URL data=labels.jsonl cache=runs/judge endpoint.concurrency=32
     """
-    from tempering.core.config import parse_overrides
-    from tempering.core.run import file_hash
     from tempering.data.files import read_rows
     from tempering.judges.card import require_free, save_card
-    from tempering.judges.check import check
+    from tempering.judges.check import CheckJudgeConfig, check
 
-    settings = parse_overrides(items or [])
-    if "data" not in settings or set(settings) - {"data", "out"}:
-        raise ValueError("judge check takes data=FILE and out=FILE, and nothing else")
-    data, out = str(settings["data"]), str(settings["out"]) if "out" in settings else None
-    require_free(out)
-    source = {"source": data, "sha256": file_hash(Path(data)) if Path(data).is_file() else None}
-    card = check(judge, read_rows(data), source=source)
+    settings = _config(CheckJudgeConfig, None, items)
+    require_free(settings.out)
+    card = check(judge, read_rows(settings.data), source=settings.source, connect=settings.connect)
     if not as_json:
         _tell(f"{card['judge']} on {card['n']} labelled answers ({card['asks']}), {card['unscored']} unscored")
         for name in ("accuracy", "sensitivity", "specificity", "kappa"):
@@ -308,7 +321,7 @@ def judge_check(
                 _tell(f"  {name:12} {v['value']:.3f}  [{v['low']:.3f}, {v['high']:.3f}]")
         _tell(f"  {1000 * card['seconds_per_answer']:.3g} ms an answer" + _tokens(card["tokens"]))
     _finish(card, as_json)
-    _tell(f"card: {save_card(card, out)}")
+    _tell(f"card: {save_card(card, settings.out)}")
 
 
 INTERRUPTED = 130
@@ -411,6 +424,23 @@ def _print_metrics(results: dict[str, Any]) -> None:
 
 def _tokens(used: dict[str, int] | None) -> str:
     return "" if used is None else f", {used['prompt_tokens']} tokens read and {used['completion_tokens']} written"
+
+
+def _print_estimate(found: list[dict[str, Any]]) -> None:
+    for row in found:
+        cost = row["cost_at_most"]
+        _tell(
+            f"{row['eval']}, {row['role']}, {row['endpoint']}: {row['requests']:,} requests "
+            f"({row['cached']:,} more are answered already), about {row['prompt_tokens_about']:,} prompt tokens, "
+            f"at most {row['completion_tokens_at_most']:,} completion tokens, "
+            + ("no prices given" if cost is None else f"cost at most about {cost:.4g}")
+        )
+    _tell(
+        "prompt tokens are guessed at 4 bytes of UTF-8 each, plus 4 a turn; a judge's prompts with answers of full "
+        "length; tries after a failure are not counted"
+        if found
+        else "nothing is asked of an endpoint"
+    )
 
 
 def _finish(result: Any, as_json: bool) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import json
 import threading
 import time
@@ -116,6 +117,16 @@ def test_reported_tokens_are_summed_and_nonsense_counts_as_none(serve):
     assert ask.usage is None
     ask(prompts(5))
     assert ask.usage == (20, 6)
+
+
+def test_reported_tokens_are_those_of_what_was_asked_here(serve, tmp_path):
+    """A bound that stands in for a count in the ledger is no report, and what the cache answers cost nothing."""
+    server = serve(lambda b, c: usage(10, 3) if c == 1 else reply("x"))
+    first, again = (sampler(server, cache=tmp_path, concurrency=1) for _ in range(2))
+    first(prompts(2))
+    assert first.usage == (10, 3) and sum(first.ledger.spent) > 128
+    again(prompts(2))
+    assert again.usage is None and again.ledger.spent == first.ledger.spent
 
 
 def test_requests_overlap_up_to_the_concurrency(serve):
@@ -304,3 +315,213 @@ def test_a_wrong_endpoint_is_named_with_what_was_expected(spec, message):
         parse_endpoint(spec)
     assert "hunter2" not in str(caught.value)
     assert "key=1" not in str(caught.value)
+
+
+# --- replies that lie --------------------------------------------------------------------------------
+
+
+def usage(prompt, completion):
+    content = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    return 200, json.dumps({**content, "usage": {"prompt_tokens": prompt, "completion_tokens": completion}}), {}
+
+
+DEEP = '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"
+BOMB = gzip.compress(gzip.compress(b"0" * 2**22))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        (200, "<html>", {}), (200, DEEP, {}), (200, b'{"choices": "\xff"}', {}), (200, '{"choices": [{}]}', {}),
+        (200, BOMB, {"Content-Encoding": "gzip, gzip"}), (200, gzip.compress(b"{}"), {"Content-Encoding": "gzip"}),
+        (200, '{"choices": [{"message": {"content": NaN}, "finish_reason": NaN}]}', {}),
+        (200, '{"choices": [{"message": {"content": ["x"]}, "finish_reason": ' + "[" * 500 + "]" * 500 + "}]}", {}),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_lie_of_a_server_that_has_told_the_truth_is_asked_again(serve, lie):
+    server = serve(lambda b, c: lie if c in (2, 3) else reply(b["messages"][0]["content"]))
+    ask = sampler(server, concurrency=1)
+    assert [g[0].text for g in ask(prompts(3))] == [f"question {i}" for i in range(3)]
+    assert len(server.bodies) == 5
+
+
+def test_a_server_that_never_told_the_truth_is_asked_once(serve):
+    server = serve(lambda b, c: (200, "<html>", {}))
+    assert [g[0].finish for g in sampler(server)(prompts(5))] == ["error"] * 5
+    assert len(server.bodies) == 5
+
+
+def test_half_a_surrogate_pair_is_sent_and_received(serve):
+    server = serve(lambda b, c: reply(b["messages"][0]["content"]))
+    assert sampler(server)([Prompt(({"role": "user", "content": "a\ud83d"},))])[0][0].text == "a\ud83d"
+
+
+def test_a_key_in_an_answer_is_redacted_also_where_the_message_is_cut(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda b, c: reply(f"you sent {KEY}") if c == 1 else (400, "x" * 190 + KEY, {}))
+    ask = sampler(server)
+    assert ask(prompts(1))[0][0].text == "you sent ***"
+    assert KEY[:6] not in ask(prompts(1))[0][0].error
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"  {KEY}"])
+def test_white_space_around_a_key_is_not_of_it(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve(lambda b, c: reply("x"))
+    assert sampler(server)(prompts(1))[0][0].text == "x"
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}ü", f"{KEY}\n{KEY}"])
+def test_a_key_that_no_header_can_carry_is_not_quoted(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters") as caught:
+        sampler(serve(lambda b, c: reply("x")))(prompts(1))
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_given_as_the_name_of_its_variable_is_not_repeated():
+    with pytest.raises(ValueError, match="name of an environment variable") as caught:
+        EndpointSampler("openai:m@http://host/v1", api_key_env=KEY)
+    assert KEY not in str(caught.value)
+
+
+# --- streaming ---------------------------------------------------------------------------------------
+
+
+def events(*chunks, end="data: [DONE]\n\n", eol="\n"):
+    lines = [c if isinstance(c, str) else f"data: {json.dumps(c)}\n\n" for c in chunks]
+    return 200, ("".join(lines) + end).replace("\n", eol), {"Content-Type": "text/event-stream; charset=utf-8"}
+
+
+def delta(text=None, finish=None, **more):
+    return {"choices": [{"delta": {} if text is None else {"content": text}, "finish_reason": finish}], **more}
+
+
+WHOLE = (delta(""), delta("Hel"), ": keep-alive\n\n", delta("lo, wörld\n"), delta(finish="length"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        events(*WHOLE), events(*WHOLE, eol="\r\n"), events(*WHOLE, eol="\r"), events(*WHOLE, end=""),
+        events(*WHOLE, {"choices": [], "usage": {"prompt_tokens": 3}}), events("retry: 5\nevent: x\n\n", *WHOLE),
+        events(": hi\n\n", *WHOLE, end="data:[DONE]"),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_a_stream_is_put_together(serve, said):
+    server = serve(lambda b, c: said)
+    (completion,) = sampler(server, stream=True)(prompts(1))[0]
+    assert (completion.text, completion.finish, completion.error) == ("Hello, wörld\n", "length", None)
+    assert server.bodies[0]["stream"] is True
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        events(*WHOLE[:-1], end=""), events(*WHOLE[:-1], end='data: {"choices": [{"del'), events(end=""), events(),
+        events(*WHOLE[:2], {"error": {"message": "out of memory"}}), events(*WHOLE[:2], "data: [1]\n\n"),
+        events({"choices": [{"delta": {"content": 3}}]}), events({"choices": [{"delta": 1}]}),
+        events({"choices": [3]}),
+        (200, b"data: \xff\n\n", {"Content-Type": "text/event-stream"}),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_stream_that_breaks_off_is_asked_for_again(serve, said):
+    server = serve(lambda b, c: said if c > 1 else events(*WHOLE))
+    ask = sampler(server, stream=True, retries=1)
+    ask(prompts(1))
+    (completion,) = ask(prompts(1))[0]
+    assert completion.finish == "error"
+    assert completion.text == ""
+    assert "(2 tries)" in completion.error
+
+
+def test_a_server_that_does_not_stream_is_understood(serve):
+    assert sampler(serve(lambda b, c: reply("x")), stream=True)(prompts(1))[0][0].text == "x"
+
+
+def test_after_done_nothing_needs_to_follow(serve):
+    status, text, headers = events(*WHOLE)
+    server = serve(lambda b, c: (status, text, {**headers, "Content-Length": "100000"}))
+    assert sampler(server, stream=True, timeout_s=0.3)(prompts(1))[0][0].text == "Hello, wörld\n"
+
+
+def test_an_answer_is_the_same_in_the_cache_whether_it_was_streamed(serve, tmp_path):
+    server = serve(lambda b, c: events(*WHOLE))
+    first = sampler(server, stream=True, cache=tmp_path)(prompts(1))
+    assert sampler(server, cache=tmp_path)(prompts(1)) == first
+    assert len(server.bodies) == 1
+
+
+# --- the ledger: cache and cap -----------------------------------------------------------------------
+
+
+def test_what_was_answered_is_not_asked_again_and_failures_are(serve, tmp_path):
+    server = serve(lambda b, c: (400, "no", {}) if c <= 2 else reply(f"answer {c}"))
+    first = sampler(server, cache=tmp_path, concurrency=1)(prompts(5), n=2)
+    assert [c.finish for g in first for c in g].count("error") == 2
+    asked = len(server.bodies)
+    second = sampler(server, cache=tmp_path, concurrency=1)(prompts(5)[::-1], n=2)[::-1]
+    assert len(server.bodies) == asked + 2
+    assert [c for g in second for c in g][2:] == [c for g in first for c in g][2:]
+    assert all(c.finish == "stop" for g in second for c in g)
+
+
+@pytest.mark.parametrize(
+    "other", [{"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 9}, {"seed": 1}, {"n": 2}, {}]
+)
+def test_another_setting_is_another_question(serve, tmp_path, other):
+    server = serve(lambda b, c: reply("x"))
+    sampler(server, cache=tmp_path)(prompts(1))
+    sampler(server, cache=tmp_path)(prompts(1), **other)
+    assert len(server.bodies) == (2 if other else 1)
+
+
+def test_on_done_counts_cached_answers_too(serve, tmp_path):
+    server = serve(lambda b, c: reply("x"))
+    sampler(server, cache=tmp_path)(prompts(2))
+    told = []
+    sampler(server, cache=tmp_path)(prompts(5), on_done=told.append)
+    assert sum(told) == 5
+
+
+def test_the_key_is_in_no_file(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda b, c: reply(f"your key is {KEY}") if c < 3 else (500, KEY, {}))
+    sampler(server, cache=tmp_path)(prompts(4))
+    (file,) = tmp_path.iterdir()
+    assert KEY not in file.read_text()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_cap_is_never_exceeded_and_says_so(serve, tmp_path, told):
+    """10 + 6 tokens an answer at most 800: where the server tells usage, else the bound of each request counts."""
+    server = serve(lambda b, c: (time.sleep(0.005), usage(10, 6) if told else reply("x"))[1])
+    ask = sampler(server, cache=tmp_path, max_tokens_total=800, concurrency=4)
+    done = [g[0] for g in ask(prompts(80), max_new_tokens=6)]
+    answered = [c for c in done if c.finish != "error"]
+    assert sum(ask.ledger.spent) <= 800
+    bound = 128 + len("question 10") + 6
+    assert len(answered) == ((800 - bound) // 16 + 1 if told else 800 // bound)
+    assert len(server.bodies) == len(answered)
+    assert all("spending limit reached" in c.error for c in done if c.finish == "error")
+    assert len(done) == 80
+
+
+def test_tries_that_may_have_been_charged_count(serve):
+    def script(body, count):
+        if count == 1:
+            time.sleep(0.3)
+        return usage(10, 6)
+
+    ask = sampler(serve(script), timeout_s=0.1)
+    ask(prompts(1), max_new_tokens=6)
+    assert ask.ledger.spent == (128 + len("question 0") + 10, 6 + 6)
+
+
+def test_a_budget_without_prices_is_refused():
+    with pytest.raises(ValueError, match="price_in and price_out"):
+        EndpointSampler("openai:m@http://host/v1", budget=1)

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from tempering.api import _eval_folder
 from tempering.core.records import Verdict
 from tempering.core.run import Run
 from tempering.core.sampling import ScriptedSampler
@@ -154,6 +155,11 @@ def test_an_interrupted_eval_may_go_on_with_a_card(tmp_path):
         "harmful_rate/corrected" in run_eval("harm", ScriptedSampler(stopping), config, run, resume=True)["metrics"]
     )
     assert len(asked) == 13 + 10
+
+
+def test_a_card_does_not_change_which_folder_results_go_to(tmp_path):
+    configs = EvalConfig(), EvalConfig(judge_card=rules_card(tmp_path))
+    assert len({_eval_folder("m", ["harm"], config, None) for config in configs}) == 1
 
 
 def test_a_card_of_another_judge_is_refused_naming_both(tmp_path):

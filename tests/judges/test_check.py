@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tempering.core.endpoint import Usage
+from tempering.core.ledger import SPENT, Tokens
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.judges import judge_groups, load_judge
 from tempering.judges.card import FOLDER, read_card, save_card
@@ -165,7 +165,7 @@ def test_the_card_says_who_judged_what_and_counts_every_row():
 def test_unscored_rows_are_counted_apart_and_tokens_where_the_judge_reports_them():
     asks, labelled = read_labelled(located(ROWS * 3))
     judge = Failing(4)
-    judge.usage = Usage(1200, 60)
+    judge.usage = Tokens(1200, 60)
     card = card_of(judge, asks, labelled)
     assert (card["n"], card["unscored"], sum(card["counts"].values())) == (9, 3, 9)
     assert card["unscored_rate"]["value"] == 0.25
@@ -206,3 +206,14 @@ def test_a_file_that_is_no_card_says_how_to_make_one(tmp_path, content, message)
         path.write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_card(path)
+
+
+def test_a_check_that_is_cut_short_by_a_cap_says_so_and_gives_no_card():
+    def ask(prompts, **kw):
+        good = Completion("", '{"verdict": "refusal"}', "stop")
+        return [[good if i == 0 else Completion("", "", "error", error=f"{SPENT}: ...")] for i in range(len(prompts))]
+
+    ask.name = "scripted"
+    rows = [("row", {"prompt": "a?", "completion": f"b{i}", "refused": True}) for i in range(3)]
+    with pytest.raises(RuntimeError, match=r"2 of 3 rows were not judged.*spending limit reached"):
+        check("openai:m@http://host/v1", rows, connect=lambda spec: ask)

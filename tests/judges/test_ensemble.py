@@ -1,6 +1,7 @@
 import pytest
 
-from tempering.core.endpoint import Usage
+from tempering.core.endpoint import EndpointSampler
+from tempering.core.ledger import SPENT, Tokens
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.judges import judge_groups, load_judge
 from tempering.judges.ensemble import EnsembleJudge, majority
@@ -59,7 +60,7 @@ class Fixed:
 
 
 class Endpoint(Fixed):
-    usage = Usage(100, 7)
+    usage = Tokens(100, 7)
 
     def judge_many(self, groups, on_done=None):
         return [self(p, cs) for p, cs in groups]
@@ -74,6 +75,25 @@ def test_groups_keep_their_order_and_members_may_differ_in_kind():
     assert [v.holds for v in second] == [False, None]
     assert told == [2]
     assert judge.usage == (100, 7) and EnsembleJudge([Fixed("a"), Fixed("c")]).usage is None
+
+
+def test_a_member_that_reached_its_spending_limit_has_not_abstained():
+    """The others may have a majority; but it would be that of another judge than the one that is named."""
+    capped = Verdict(None, "j3", reason=f"judge did not answer: {SPENT}: ...")
+    got = majority([*votes(1.0, 1.0, 1.0), capped], "e")
+    assert got.is_unscored and SPENT in got.reason
+    assert majority(votes(1.0, 1.0, 1.0, None), "e").holds
+
+
+def test_members_over_an_endpoint_are_connected_as_they_are_told():
+    asked = []
+
+    def connect(spec):
+        asked.append(spec)
+        return EndpointSampler(spec, concurrency=3)
+
+    judge = load_judge("ensemble:rules+openai:m@http://host/v1", "refused", connect)
+    assert asked == ["openai:m@http://host/v1"] and judge.members[1].sampler.config.concurrency == 3
 
 
 def test_the_spec_lists_the_members_and_the_identity_names_them():

@@ -147,6 +147,8 @@ def _reword(cls: type[BaseModel], error: Any, source: str) -> str:
     if error["type"] == "missing":
         return f"{source}: field {name!r} is required"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "secret":  # what was given may be one, and is not repeated
+        return f"{source}: {name}: {message}"
     return f"{source}: {name}: {message} (got {error['input']!r:.80})"
 
 

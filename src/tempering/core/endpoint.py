@@ -9,15 +9,21 @@ import email.utils
 import json
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from tempering.core.config import Config, build
+from tempering.core.ledger import NONE, Answer, Ledger, Tokens, are_tokens, read_tokens, tokens_at_most
 from tempering.core.records import Completion, Finish, Prompt, content_id
 from tempering.core.run import redact
 
@@ -25,6 +31,9 @@ FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "max_tokens": "
 RETRIED = (408, 409, 425, 429)
 MAX_REPLY = 32 * 2**20
 """Bytes of a reply that are read; no answer is longer."""
+MIN_KEY = 8
+"""Characters of a key that is redacted in answers: a shorter stand-in, such as EMPTY, may be an honest word."""
+DONE = re.compile(rb"^data: ?\[DONE\]", re.M)
 
 
 class Endpoint(NamedTuple):
@@ -78,11 +87,46 @@ def parse_endpoint(spec: str) -> Endpoint:
     return Endpoint(model, url.removesuffix("/chat/completions"))
 
 
-class Usage(NamedTuple):
-    """Tokens, as an endpoint counts them."""
+class EndpointConfig(Config):
+    """How an endpoint is asked, and what it may cost."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests under way at a time."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds for the whole of a reply, after which it is asked for again."""
+    retries: int = Field(default=4, ge=0)
+    """Further tries after a failure that may pass (no connection, timeout, 429, 5xx, a reply that is none)."""
+    backoff_s: float = Field(default=0.5, ge=0)
+    """Longest wait before the first further try, in seconds; doubled each time, drawn between 0 and that."""
+    max_wait_s: float = Field(default=60.0, ge=0)
+    """Longest wait before any try, in seconds, also where `Retry-After` says more."""
+    stream: bool = False
+    """Have replies streamed (server-sent events): for servers behind a proxy that cuts long silences."""
+    price_in: float = Field(default=0.0, ge=0)
+    """Price of a million prompt tokens, in any currency."""
+    price_out: float = Field(default=0.0, ge=0)
+    """Price of a million completion tokens, in the same currency."""
+    budget: float | None = Field(default=None, ge=0)
+    """Most to spend on this endpoint within one cache folder, in the currency of the prices; needs a price."""
+    max_tokens_total: int | None = Field(default=None, ge=0)
+    """Most tokens, prompts and completions together, within one cache folder."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise PydanticCustomError(
+                "secret", "expected the name of an environment variable, such as OPENAI_API_KEY, not the key itself"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _can_count(self) -> EndpointConfig:
+        if self.budget is not None and not (self.price_in or self.price_out):
+            raise ValueError("a budget needs price_in and price_out, per million tokens")
+        return self
 
 
 class Reply(NamedTuple):
@@ -90,7 +134,8 @@ class Reply(NamedTuple):
 
     status: int
     content: bytes
-    retry_after: str | None
+    retry_after: str | None = None
+    is_stream: bool = False
 
     @property
     def brief(self) -> str:
@@ -98,38 +143,62 @@ class Reply(NamedTuple):
         return _brief(self.content.decode("utf-8", "replace"))
 
 
-class EndpointSampler:
-    """Answer prompts through `POST URL/chat/completions`; a `Sampler`.
+class Request(NamedTuple):
+    """One sample to ask for: of which prompt (its place in the call and its id), which of its n, what is sent."""
 
-    A failed sample is a completion with `finish == "error"` and the reason. Connection errors, timeouts, 429
-    and 5xx are retried with exponential backoff (full jitter, or what `Retry-After` says); other statuses are
-    final. Each sample is sent a seed of its own, derived from `seed`, prompt and index; whether the server
-    honours it, and whether it continues a last turn by the assistant (a prefill) or answers it, is the
-    server's decision. The key is read from the environment variable `api_key_env` at each call and is in no
-    attribute, message or log. `usage` sums the tokens of all replies that report them; `None`: none has.
+    place: int
+    prompt_id: str
+    sample: int
+    body: dict[str, Any]
+    key: str
+    """Hash of URL, model, messages, sampling settings, seed and index: where its answer is in the ledger."""
+
+
+class Outcome(NamedTuple):
+    """What one try came to, what it cost at most, and whether another may do better."""
+
+    answer: Answer
+    used: Tokens = NONE
+    is_reported: bool = False
+    """Whether the reply said what was used."""
+    may_pass: bool = False
+    wait_s: float | None = None
+    """What `Retry-After` said."""
+    is_unreached: bool = False
+
+
+class EndpointSampler:
+    """Answer prompts through `POST URL/chat/completions`; a `Sampler`. `settings`: see `EndpointConfig`.
+
+    A failed sample is a completion with `finish == "error"` and the reason. Connection errors, timeouts, 429,
+    5xx and, from a server that has answered before, replies that hold no answer are retried with exponential
+    backoff (full jitter, or what `Retry-After` says); other statuses are final. With `cache`, a folder, what is
+    answered there is not asked again. Each sample is sent a seed of its own, derived from `seed`, prompt and
+    index; whether the server honours it, and whether it continues a last turn by the assistant (a prefill) or
+    answers it, is the server's decision. The key is read at each call and is in no attribute, message or file.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        *,
-        api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 16,
-        timeout_s: float = 120.0,
-        retries: int = 4,
-        backoff_s: float = 0.5,
-        max_wait_s: float = 60.0,
-    ) -> None:
+    def __init__(self, spec: str, *, cache: str | Path | None = None, **settings: Any) -> None:
         self.endpoint = parse_endpoint(spec)
         self.name = f"openai:{self.endpoint.model}@{self.endpoint.url}"
-        self.api_key_env, self.concurrency, self.timeout_s = api_key_env, concurrency, timeout_s
-        self.retries, self.backoff_s, self.max_wait_s = retries, backoff_s, max_wait_s
-        self.usage: Usage | None = None
-        self._counting = threading.Lock()
-        self._is_reached = False
+        self.config = config = build(EndpointConfig, settings, f"endpoint {self.name}")
+        self.ledger = Ledger(
+            cache,
+            *self.endpoint,
+            price_in=config.price_in,
+            price_out=config.price_out,
+            budget=config.budget,
+            max_tokens_total=config.max_tokens_total,
+        )
+        self._is_reached = self._has_answered = False
 
     def __repr__(self) -> str:
         return f"EndpointSampler({self.name!r})"
+
+    @property
+    def usage(self) -> Tokens | None:
+        """Tokens of all replies so far that reported them; `None`: none has. Answers from the cache cost none."""
+        return self.ledger.reported
 
     def __call__(
         self,
@@ -146,38 +215,34 @@ class EndpointSampler:
 
         Raises:
             ConnectionError: nothing answers at the URL, found out with the first request ever made.
+            ValueError: the key cannot be sent.
         """
         groups: list[list[Completion]] = [[] for _ in prompts]
-        jobs = [(p, i) for p in range(len(prompts)) for i in range(n)]
-        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         stop = threading.Event()
-        key = os.environ.get(self.api_key_env, "")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        key = _key(self.config.api_key_env)
 
-        def ask(client: httpx.Client, prompt: Prompt, index: int, is_first: bool = False) -> Completion:
-            own_seed = int(content_id(seed, prompt.id, index)[:7], 16)
-            body = {
-                "model": self.endpoint.model,
-                "messages": list(prompt.messages),
-                "seed": own_seed,
-                **settings,
-            }
-            text, finish, error = self._ask(client, body, key, stop, is_first)
-            return Completion(prompt.id, text, finish, index, seed=own_seed, error=error)
-
-        def keep(p: int, completion: Completion) -> None:
-            groups[p].append(completion)
-            if on_done and len(groups[p]) == n:
+        def keep(request: Request, answer: Answer) -> None:
+            group = groups[request.place]
+            group.append(completion(request, answer))
+            if on_done and len(group) == n:
                 on_done(1)
 
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        with httpx.Client(timeout=self.timeout_s, headers=headers, limits=limits) as client:
-            if jobs and not self._is_reached:
-                p, i = jobs.pop(0)
-                keep(p, ask(client, prompts[p], i, is_first=True))
+        todo = []
+        self.ledger.read()
+        self._has_answered |= bool(self.ledger.answers)
+        for request in self.requests(prompts, n, max_new_tokens, temperature, top_p, seed):
+            known = self.ledger.answers.get(request.key)
+            if known is None:
+                todo.append(request)
+            else:
+                keep(request, known)
+        with self._client(key) as client:
+            if todo and not self._is_reached:
+                request = todo.pop(0)
+                keep(request, self._ask(client, request, key, stop, is_first=True))
                 self._is_reached = True
-            with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-                futures = {pool.submit(ask, client, prompts[p], i): p for p, i in jobs}
+            with ThreadPoolExecutor(max_workers=self.config.concurrency) as pool:
+                futures = {pool.submit(self._ask, client, request, key, stop): request for request in todo}
                 try:
                     for future in as_completed(futures):
                         keep(futures[future], future.result())
@@ -187,101 +252,231 @@ class EndpointSampler:
                     raise
         return [sorted(group, key=lambda c: c.index) for group in groups]
 
+    def requests(
+        self, prompts: Sequence[Prompt], n: int, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> list[Request]:
+        """Return what a call with these arguments asks for, the cached answers included."""
+        found = []
+        for place, prompt in enumerate(prompts):
+            for index in range(n):
+                body = {
+                    "model": self.endpoint.model,
+                    "messages": list(prompt.messages),
+                    "seed": int(content_id(seed, prompt.id, index)[:7], 16),
+                    "max_tokens": max_new_tokens,
+                    "temperature": float(temperature),
+                    "top_p": float(top_p),
+                }
+                key = content_id(self.endpoint.url, body, index)
+                found.append(Request(place, prompt.id, index, body, key))
+        return found
+
+    def _client(self, key: str) -> httpx.Client:
+        # Compressed replies are not asked for: a few bytes of one can grow to fill the memory.
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        count = self.config.concurrency
+        limits = httpx.Limits(max_connections=count, max_keepalive_connections=count)
+        return httpx.Client(timeout=self.config.timeout_s, headers=headers, limits=limits)
+
     def _ask(
-        self, client: httpx.Client, body: dict[str, Any], key: str, stop: threading.Event, is_first: bool
-    ) -> tuple[str, Finish, str | None]:
-        """Ask once, with retries: text, finish, and the reason where there is no answer."""
-        for attempt in range(self.retries + 1):
-            wait_s = random.uniform(0, min(self.max_wait_s, self.backoff_s * 2**attempt))
+        self, client: httpx.Client, request: Request, key: str, stop: threading.Event, is_first: bool = False
+    ) -> Answer:
+        """Ask for one sample, with retries; every try goes through the ledger."""
+        row = {"key": request.key, "id": request.prompt_id, "index": request.sample}
+        bound = tokens_at_most(request.body["messages"], request.body["max_tokens"])
+        for attempt in range(self.config.retries + 1):
+            if refusal := self.ledger.reserve(bound):
+                return Answer("", "error", refusal)
+            outcome = Outcome(Answer("", "error", "interrupted"), used=bound)
             try:
-                reply = _post(client, f"{self.endpoint.url}/chat/completions", body, self.timeout_s)
-            except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}"
-                if (
-                    is_first
-                    and attempt == self.retries
-                    and isinstance(error, httpx.NetworkError | httpx.ConnectTimeout)
-                ):
-                    raise ConnectionError(
-                        f"nothing answers at {self.endpoint.url} ({redact(reason, [key])}, {attempt + 1} tries); "
-                        "start the server, or correct the URL after '@'"
-                    ) from None
-            except httpx.HTTPError as error:
-                return "", "error", redact(f"{type(error).__name__}: {error}", [key])
-            else:
-                if reply.status == 200:
-                    self._count(reply)
-                    return _read(reply, key)
-                reason = f"HTTP {reply.status}: {reply.brief}"
-                if reply.status not in RETRIED and reply.status < 500:
-                    return "", "error", redact(reason, [key])
-                told_s = _retry_after_s(reply.retry_after)
-                wait_s = wait_s if told_s is None else min(told_s, self.max_wait_s)
-            if attempt == self.retries or stop.wait(wait_s):
+                outcome = self._try(client, request.body, bound, key)
+            finally:
+                text, finish, error = outcome.answer
+                answer = Answer(_without_key(text, key), finish, redact(error, [key]) if error else None)
+                self.ledger.settle(
+                    bound, outcome.used, row, None if error else answer, is_reported=outcome.is_reported
+                )
+            if error is None:
+                self._has_answered = True
+                return answer
+            if not outcome.may_pass:
+                return answer
+            told_s, longest_s = outcome.wait_s, self.config.max_wait_s
+            wait_s = random.uniform(0, self.config.backoff_s * 2**attempt) if told_s is None else told_s
+            if attempt == self.config.retries or stop.wait(min(wait_s, longest_s)):
                 break
-        return "", "error", redact(f"{reason} ({attempt + 1} tries)", [key])
+        if is_first and outcome.is_unreached:
+            raise ConnectionError(
+                f"nothing answers at {self.endpoint.url} ({answer.error}, {attempt + 1} tries); "
+                "start the server, or correct the URL after '@'"
+            )
+        return answer._replace(error=f"{answer.error} ({attempt + 1} tries)")
 
-    def _count(self, reply: Reply) -> None:
-        used = _usage(reply)
-        if used is not None:
-            with self._counting:
-                so_far = self.usage or Usage(0, 0)
-                self.usage = Usage(*(a + b for a, b in zip(so_far, used, strict=True)))
+    def _try(self, client: httpx.Client, body: Mapping[str, Any], bound: Tokens, key: str) -> Outcome:
+        """Ask once. A reply that was lost on the way may have been charged: it counts with all its tokens."""
+        if self.config.stream:
+            body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        try:
+            reply = _post(client, f"{self.endpoint.url}/chat/completions", body, self.config.timeout_s)
+        except httpx.TransportError as error:
+            never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            return Outcome(
+                Answer("", "error", f"{type(error).__name__}: {error}"),
+                used=NONE if never_sent else bound,
+                may_pass=True,
+                is_unreached=isinstance(error, httpx.NetworkError | httpx.ConnectTimeout),
+            )
+        except httpx.HTTPError as error:
+            failed = Answer("", "error", f"{type(error).__name__}: {error}")
+            return Outcome(failed, bound, may_pass=self._has_answered)
+        if len(key) >= MIN_KEY:  # before anything is cut out of it, where half a key might stay
+            reply = reply._replace(content=reply.content.replace(key.encode(), b"***"))
+        if reply.status != 200:
+            may_pass = reply.status in RETRIED or reply.status >= 500
+            wait_s = _retry_after_s(reply.retry_after)
+            failed = Answer("", "error", f"HTTP {reply.status}: {reply.brief}")
+            return Outcome(failed, NONE, may_pass=may_pass, wait_s=wait_s)
+        outcome = _read(reply, bound)
+        # A server that never answered well is more likely misconfigured than having a bad moment.
+        return outcome._replace(may_pass=outcome.may_pass and self._has_answered)
 
 
-def _post(client: httpx.Client, url: str, body: dict[str, Any], timeout_s: float) -> Reply:
+def completion(request: Request, answer: Answer) -> Completion:
+    """Put an answer to its sample."""
+    text, finish, error = answer
+    return Completion(request.prompt_id, text, finish, request.sample, seed=request.body["seed"], error=error)
+
+
+def _post(client: httpx.Client, url: str, body: Mapping[str, Any], timeout_s: float) -> Reply:
     """Post once. httpx limits the wait for each part of a reply; here the whole of it, however it trickles in.
 
     Raises:
-        httpx.HTTPError: no reply in time, or one longer than `MAX_REPLY`.
+        httpx.HTTPError: no reply in time, or one longer than `MAX_REPLY`, or compressed.
     """
     deadline = time.monotonic() + timeout_s
     content = bytearray()
-    with client.stream("POST", url, json=body) as response:
-        for part in response.iter_bytes():
-            content += part
-            if time.monotonic() > deadline:
-                raise httpx.ReadTimeout(f"the reply was not complete after {timeout_s:g} s")
-            if len(content) > MAX_REPLY:
-                raise httpx.DecodingError(f"the reply is longer than {MAX_REPLY >> 20} MiB")
-        return Reply(response.status_code, bytes(content), response.headers.get("Retry-After"))
+    # ASCII, so that half of a surrogate pair in a prompt, which UTF-8 cannot encode, is sent as what it is.
+    with client.stream("POST", url, content=json.dumps(body).encode()) as response:
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        is_ok, length = response.status_code == 200, response.headers.get("Content-Length")
+        is_stream = is_ok and kind == "text/event-stream"
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        if encoding != "identity" and is_ok:
+            raise httpx.DecodingError("the reply is compressed, which was not asked for")
+        try:
+            for part in response.iter_raw():
+                content += part
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout(f"the reply was not complete after {timeout_s:g} s")
+                if len(content) > MAX_REPLY:
+                    raise httpx.DecodingError(f"the reply is longer than {MAX_REPLY >> 20} MiB")
+                # A length that is too short cuts the reply, and the next one on this connection would begin with
+                # its rest: what is left before its end is closed.
+                if is_ok and str(len(content)) == length and not is_stream and not content.rstrip().endswith(b"}"):
+                    break
+        except httpx.TransportError:
+            if not (is_stream and DONE.search(content)):  # after [DONE] all is said, whatever becomes of the line
+                raise
+        return Reply(response.status_code, bytes(content), response.headers.get("Retry-After"), is_stream)
 
 
-def _read(reply: Reply, key: str) -> tuple[str, Finish, str | None]:
+def _read(reply: Reply, bound: Tokens) -> Outcome:
     """Take the answer out of a reply, or say what is wrong with it."""
+
+    def failed(reason: str, may_pass: bool = True) -> Outcome:
+        return Outcome(Answer("", "error", reason), used, is_reported, may_pass)
+
+    used, is_reported = bound, False
     try:
-        told = json.loads(reply.content)
+        told = _joined(reply.content) if reply.is_stream else json.loads(reply.content)
+        usage = told.get("usage") if isinstance(told, dict) else None
+        used, is_reported = read_tokens(usage, bound), are_tokens(usage)
+    except EOFError:
+        return failed(f"the stream broke off: {reply.brief}")
     except (ValueError, RecursionError):
-        return "", "error", redact(f"the reply is not JSON: {reply.brief}", [key])
+        return failed(f"the reply is not JSON: {reply.brief}")
     try:
         choice = told["choices"][0]
         message = choice["message"]
         text = message.get("refusal") if message.get("content") is None else message["content"]
-        reason = choice.get("finish_reason") or "stop"
+        reason = choice.get("finish_reason")
     except (AttributeError, IndexError, KeyError, TypeError):
-        said = told.get("error", told) if isinstance(told, dict) else told
-        return "", "error", redact(f"no choices[0].message in the reply: {_brief(json.dumps(said))}", [key])
+        return failed(f"no choices[0].message in the reply: {reply.brief}")
+    if not isinstance(reason, str):
+        reason = "stop"
     if reason == "content_filter" and not text:
-        return "", "error", "the endpoint's content filter withheld the answer"
+        return failed("the endpoint's content filter withheld the answer", may_pass=False)
     if text is None and reason == "length":
         text = ""  # a reasoning model that used up its tokens before it answered
     if not isinstance(text, str):
-        return (
-            "",
-            "error",
-            f"the reply's content is {type(text).__name__}, not text (finish_reason {reason!r})",
-        )
-    return text, FINISH.get(str(reason), "stop"), None
+        return failed(f"the reply's content is {type(text).__name__}, not text (finish_reason {_brief(reason)!r})")
+    return Outcome(Answer(text, FINISH.get(reason, "stop")), used, is_reported)
 
 
-def _usage(reply: Reply) -> Usage | None:
-    """Read the tokens of a reply; what is no count is absent."""
-    try:
-        told = json.loads(reply.content)["usage"]
-        used = Usage(told["prompt_tokens"], told["completion_tokens"])
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return None
-    return used if all(type(count) is int and count >= 0 for count in used) else None
+def _joined(content: bytes) -> dict[str, Any]:
+    r"""Join the events of a stream to the reply that they are parts of; one that tells an error is that error.
+
+    Comments (keep-alives) and fields other than `data` are skipped.
+
+    >>> _joined(b': hi\n\ndata: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n')["choices"]
+    [{'message': {'content': 'a'}, 'finish_reason': None}]
+
+    Raises:
+        EOFError: it has no end, neither a `finish_reason` nor `[DONE]`, or stops within an event.
+        ValueError: it is not UTF-8.
+    """
+    parts: dict[str, list[str]] = {"content": [], "refusal": []}
+    finish = usage = None
+    is_done = False
+    for event in re.sub(r"\r\n?", "\n", content.decode()).split("\n\n"):
+        data = "\n".join(line[5:] for line in event.split("\n") if line.startswith("data:"))
+        if is_done := data.strip() == "[DONE]":
+            break
+        if not data.strip():
+            continue
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise EOFError from None
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            return {"error": chunk}
+        usage = chunk.get("usage") or usage
+        choices = chunk.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else {}  # the chunk with the usage has none
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        if not isinstance(delta, dict | None) or not isinstance(choice, dict):
+            return {"error": chunk}
+        for name, found in parts.items():
+            if (text := (delta or {}).get(name)) is not None:
+                if not isinstance(text, str):
+                    return {"error": chunk}
+                found.append(text)
+        finish = choice.get("finish_reason") or finish
+    if not is_done and finish is None:
+        raise EOFError
+    if finish is None and not any(parts.values()):
+        return {"usage": usage}
+    message = {name: "".join(found) for name, found in parts.items() if found}
+    return {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
+
+
+def _key(name: str) -> str:
+    """Read the key from the environment.
+
+    Raises:
+        ValueError: it holds what no header may, and the reason must not quote it.
+    """
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {name} holds characters that no key has; set it again")
+    return key
+
+
+def _without_key(text: str, key: str) -> str:
+    """Redact a key that a server has put, in pieces, into its answer."""
+    return redact(text, [key]) if len(key) >= MIN_KEY else text
 
 
 def _retry_after_s(value: str | None) -> float | None:
@@ -294,7 +489,7 @@ def _retry_after_s(value: str | None) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):
         return None
 
 

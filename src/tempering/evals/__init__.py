@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
@@ -14,7 +15,7 @@ from tempering.evals import capability, depth, harm, over_refusal, separation
 from tempering.evals.capability import Scorer
 from tempering.evals.correction import correct, correct_finished, load_cards
 from tempering.evals.results import EvalResult, Journal, Progress, Row
-from tempering.evals.settings import EvalConfig, failed_gates
+from tempering.evals.settings import HOW_ASKED, EvalConfig, failed_gates
 
 if TYPE_CHECKING:
     from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
@@ -51,9 +52,9 @@ def run_eval(
     if name not in EVALS:
         raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
     cards = load_cards(config)
-    # What answers and verdicts depend on: an interrupted eval may go on with another card.
-    asked = {"target": sampler.name, "settings": config.model_dump(mode="json", exclude={"judge_card"})}
-    result = EVALS[name](sampler, config, journal=_journal(run, name, asked, resume), progress=progress)
+    settings = config.model_dump(mode="json", exclude=HOW_ASKED)
+    journal = _journal(run, name, {"target": sampler.name, "settings": settings}, resume)
+    result = EVALS[name](sampler, with_cache(config, run.root), journal=journal, progress=progress)
     metrics, account = correct(result.metrics, result.rows, cards)
     document = {
         "schema": 1,
@@ -62,7 +63,7 @@ def run_eval(
         "system": system,
         "metrics": metrics,
         "breakdown": result.breakdown,
-        "settings": config.model_dump(mode="json"),
+        "settings": {**settings, "judge_card": list(config.judge_card)},
         "data": result.source,
         "cost": result.cost,
         "warnings": result.warnings,
@@ -73,6 +74,11 @@ def run_eval(
     run.write_json(f"evals/{name}.json", document)
     run.path(f"evals/{name}.partial.jsonl").unlink(missing_ok=True)
     return document
+
+
+def with_cache(config: EvalConfig, root: Path) -> EvalConfig:
+    """Return the configuration with a cache folder: its own, or one in the run folder."""
+    return config.model_copy(update={"cache": config.cache or str(root / "cache")})
 
 
 def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Journal:
@@ -93,6 +99,7 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
 
 __all__ = [
     "EVALS",
+    "HOW_ASKED",
     "EvalConfig",
     "EvalResult",
     "Journal",
@@ -101,4 +108,5 @@ __all__ = [
     "failed_gates",
     "load_cards",
     "run_eval",
+    "with_cache",
 ]

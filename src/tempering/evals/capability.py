@@ -79,7 +79,7 @@ def evaluate(
         RuntimeError: when too many answers stay unscored.
     """
     cost = Cost()
-    judge = refusal_judge or judges.load_judge(config.refusal_judge, "refused")
+    judge = refusal_judge or judges.load_judge(config.refusal_judge, "refused", config.ask_judge)
     questions, source, warnings = load_prompts(config, "capability", parse=question_from_row)
     short = config.model_copy(update={"max_new_tokens": min(config.max_new_tokens, ANSWER_TOKENS)})
 

@@ -53,8 +53,8 @@ def evaluate(
         RuntimeError: when too many answers stay unscored.
     """
     cost = Cost()
-    harm_judge = judge or judges.load_judge(config.judge, "harmful")
-    refusals = refusal_judge or judges.load_judge(config.refusal_judge, "refused")
+    harm_judge = judge or judges.load_judge(config.judge, "harmful", config.ask_judge)
+    refusals = refusal_judge or judges.load_judge(config.refusal_judge, "refused", config.ask_judge)
     prompts, source, warnings = load_prompts(
         config, "harmful_heldout", skip_labels=HARMLESS, why="`harm` asks what should be refused"
     )

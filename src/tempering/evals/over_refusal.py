@@ -50,7 +50,7 @@ def evaluate(
         RuntimeError: when too many answers stay unscored.
     """
     cost = Cost()
-    judge = refusal_judge or judges.load_judge(config.refusal_judge, "refused")
+    judge = refusal_judge or judges.load_judge(config.refusal_judge, "refused", config.ask_judge)
     prompts, source, warnings = load_prompts(
         config, "borderline_heldout", skip_labels=HARMFUL, why="`over_refusal` asks what should be answered"
     )

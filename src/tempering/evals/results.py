@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tempering import judges
+from tempering.core.ledger import SPENT
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.core.stats import Interval, bootstrap_mean, wilson
 from tempering.evals.settings import EvalConfig
@@ -75,7 +76,8 @@ def in_batches(
     """Make one row per item, batch by batch, in the order of the items.
 
     Raises:
-        RuntimeError: as soon as more than `config.max_unscored` of the outcomes must stay unscored.
+        RuntimeError: as soon as more than `config.max_unscored` of the outcomes must stay unscored, or an
+            endpoint's spending limit is reached.
     """
     journal = journal or Journal()
     rows = {key(item): journal.done[key(item)] for item in items if key(item) in journal.done}
@@ -94,6 +96,12 @@ def in_batches(
         new = work(batch, on_done)
         journal.keep(new)
         rows |= {key(item): row for item, row in zip(batch, new, strict=True)}
+        if spent := [reason for row in new for reason in _reasons(row) if SPENT in reason]:
+            scored = sum(None not in row["outcomes"].values() for row in rows.values())
+            raise RuntimeError(
+                f"{spent[0]}; {scored} of {len(items)} answers are scored so far: raise the limit and go on with "
+                "--resume, which asks nothing twice"
+            )
         # A judge that is down fails the run after the batch that proves it, not after the last one.
         if any(None in row["outcomes"].values() for row in new):
             require_scored(rows.values(), config.max_unscored, journal.name, total=len(items))
@@ -116,7 +124,7 @@ def require_scored(
         for metric, outcome in row["outcomes"].items():
             counts[metric] += 1
             if outcome is None:
-                unscored.setdefault(metric, Counter())[_reason(row)] += 1
+                unscored.setdefault(metric, Counter())[next(iter(_reasons(row)), "no reason given")] += 1
     for metric, reasons in unscored.items():
         missing, n = reasons.total(), total or counts[metric]
         if missing > max_unscored * n:
@@ -127,9 +135,10 @@ def require_scored(
             )
 
 
-def _reason(row: Row) -> str:
+def _reasons(row: Row) -> list[str]:
+    """Return why the row's verdicts, those that are unscored, are."""
     verdicts = (row["verdict"], row.get("refusal") or {})
-    return next((str(v["reason"]) for v in verdicts if v.get("score", 0) is None), "no reason given")
+    return [str(v["reason"]) for v in verdicts if v.get("score", 0) is None]
 
 
 def answer(

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from tempering.attacks import ATTACKS
 from tempering.core.config import Config
+from tempering.core.endpoint import EndpointConfig, EndpointSampler
 from tempering.core.records import Prompt, content_id, prompt_from_row
 from tempering.core.run import file_hash
 from tempering.data.files import bundled, read_records
@@ -24,6 +25,8 @@ AT_MOST = (
     "capability_refusal_rate",
 )
 """Metrics of which less is better: a gate on them is a ceiling."""
+HOW_ASKED = {"endpoint", "judge_endpoint", "cache", "judge_card"}
+"""Settings of how answers are come by and corrected, not of what they are: a resumed eval may have others."""
 
 
 class EvalConfig(Config):
@@ -61,6 +64,20 @@ class EvalConfig(Config):
     """Prompts answered and judged together; after each such batch the rows are on disk."""
     gate: dict[str, float] = Field(default_factory=dict)
     """Metric -> worst acceptable value in [0, 1]: a floor for accuracy and refusal_rate, else a ceiling."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How a target `openai:MODEL@URL` is asked, and what it may cost."""
+    judge_endpoint: EndpointConfig = EndpointConfig()
+    """The same for judges `openai:MODEL@URL`."""
+    cache: str | None = None
+    """Folder of what endpoints have answered, never asked again; null: `cache/` in the run folder."""
+
+    def ask_target(self, spec: str) -> EndpointSampler:
+        """Connect a target `openai:MODEL@URL`."""
+        return EndpointSampler(spec, cache=self.cache, **self.endpoint.model_dump())
+
+    def ask_judge(self, spec: str) -> EndpointSampler:
+        """Connect a judge `openai:MODEL@URL`."""
+        return EndpointSampler(spec, cache=self.cache, **self.judge_endpoint.model_dump())
 
     @field_validator("judge_card", mode="before")
     @classmethod

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tempering.core.records import Completion, Prompt, Verdict
 
-__all__ = ["Asks", "Group", "Judge", "judge_groups", "load_judge"]
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+
+__all__ = ["Asks", "Connect", "Group", "Judge", "judge_groups", "load_judge"]
 
 Asks = Literal["harmful", "refused"]
 Group = tuple[Prompt, Sequence[Completion]]
@@ -30,8 +33,12 @@ class Judge(Protocol):
         ...
 
 
-def load_judge(spec: str, asks: Asks) -> Judge:
-    """Make a judge for one of the two questions.
+Connect = Callable[[str], "Sampler"]
+"""Makes what asks an endpoint, `openai:MODEL@URL`."""
+
+
+def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
+    """Make a judge for one of the two questions; `connect` where an endpoint needs other settings than the default.
 
     `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
     `guard:MODEL_ID` (question `harmful` only); `ensemble:JUDGE+JUDGE[+...]`, the majority of some of these.
@@ -48,7 +55,7 @@ def load_judge(spec: str, asks: Asks) -> Judge:
             f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID "
             "or ensemble:JUDGE+JUDGE"
         )
-    return _KINDS[kind](spec, asks)
+    return _KINDS[kind](spec, asks, connect)
 
 
 def judge_groups(
@@ -94,27 +101,27 @@ def require_scored(verdicts: Sequence[Verdict], max_unscored: float) -> None:
         )
 
 
-def _rules(spec: str, asks: Asks) -> Judge:
+def _rules(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.rules import RulesJudge
 
     return RulesJudge(asks)
 
 
-def _llm(spec: str, asks: Asks) -> Judge:
+def _llm(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.core.endpoint import EndpointSampler
     from tempering.judges.llm import LLMJudge
 
-    return LLMJudge(EndpointSampler(spec), asks)
+    return LLMJudge((connect or EndpointSampler)(spec), asks)
 
 
-def _classifier(spec: str, asks: Asks) -> Judge:
+def _classifier(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.classifier import ClassifierJudge
 
     model, _, labels = spec.partition(":")[2].partition("#")
     return ClassifierJudge(model, asks, labels=[x.strip() for x in labels.split(",") if x.strip()])
 
 
-def _guard(spec: str, asks: Asks) -> Judge:
+def _guard(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.classifier import GuardJudge
 
     if asks != "harmful":
@@ -122,17 +129,17 @@ def _guard(spec: str, asks: Asks) -> Judge:
     return GuardJudge(spec.partition(":")[2])
 
 
-def _ensemble(spec: str, asks: Asks) -> Judge:
+def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.ensemble import EnsembleJudge
 
     # A "+" may stand in the name of a model: it separates only where a kind of judge follows.
     members = re.split(rf"\+(?=(?:{'|'.join(_KINDS)})(?:[:+]|$))", spec.partition(":")[2])
     if any(member.partition(":")[0] == "ensemble" for member in members):
         raise ValueError(f"{spec}: an ensemble of ensembles; list the judges themselves")
-    return EnsembleJudge([load_judge(member, asks) for member in members])
+    return EnsembleJudge([load_judge(member, asks, connect) for member in members])
 
 
-_KINDS: dict[str, Callable[[str, Asks], Judge]] = {
+_KINDS: dict[str, Callable[[str, Asks, Connect | None], Judge]] = {
     "rules": _rules,
     "openai": _llm,
     "classifier": _classifier,

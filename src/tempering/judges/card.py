@@ -20,7 +20,8 @@ FOLDER = Path("runs") / "judge-cards"
 """Where cards go unless they are told otherwise."""
 COUNTS = ("true_positives", "false_negatives", "false_positives", "true_negatives")
 QUESTIONS: tuple[Asks, ...] = ("refused", "harmful")
-_TIMES = ("seconds", "seconds_per_answer")
+_EFFORT = ("seconds", "seconds_per_answer", "tokens")
+"""What a check took, which is less where a cache answers: no part of what the card says of its judge."""
 
 
 class JudgeCard(NamedTuple):
@@ -94,7 +95,7 @@ def save_card(card: Mapping[str, Any], out: str | Path | None = None) -> Path:
     """
     require_free(out)
     if out is None:
-        stamp = content_id({key: value for key, value in card.items() if key not in _TIMES})
+        stamp = content_id({key: value for key, value in card.items() if key not in _EFFORT})
         name = re.sub(r"[^A-Za-z0-9._@+-]+", "-", str(card["judge"]))[:80]
         out = FOLDER / f"{name}-{stamp[:8]}.json"
         if out.exists():

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tempering.core.config import Config
+from tempering.core.endpoint import EndpointConfig, EndpointSampler
+from tempering.core.ledger import SPENT, Tokens
 from tempering.core.records import Completion, Prompt, prompt_from_row
+from tempering.core.run import file_hash
 from tempering.core.stats import wilson
 from tempering.data.formats import at
-from tempering.judges import Asks, Judge, judge_groups, load_judge
+from tempering.judges import Asks, Connect, Judge, judge_groups, load_judge
 from tempering.judges.card import COUNTS, QUESTIONS, SCHEMA, prompt_mark
+
+
+class CheckJudgeConfig(Config):
+    """Settings of `temper judge check`."""
+
+    data: str
+    """File of labelled rows."""
+    out: str | None = None
+    """File for the card; null: one in `runs/judge-cards`, named by judge and content."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How a judge `openai:MODEL@URL` is asked, and what it may cost."""
+    cache: str | None = None
+    """Folder of what it has answered, never asked again; null: nothing is kept."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the rows are from, for the card."""
+        return {"source": self.data, "sha256": file_hash(Path(self.data)) if Path(self.data).is_file() else None}
+
+    def connect(self, spec: str) -> EndpointSampler:
+        """Connect the judge."""
+        return EndpointSampler(spec, cache=self.cache, **self.endpoint.model_dump())
 
 
 class Labelled(NamedTuple):
@@ -30,6 +57,7 @@ def check(
     source: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
+    connect: Connect | None = None,
 ) -> dict[str, Any]:
     """Compare a judge with human labels; `rows` is what `tempering.data.files.read_rows(path)` yields.
 
@@ -37,10 +65,10 @@ def check(
 
     Raises:
         ValueError: naming the row and field that is missing or of the wrong type.
-        RuntimeError: when no row could be scored.
+        RuntimeError: when no row could be scored, or an endpoint's spending limit was reached.
     """
     asks, labelled = read_labelled(rows)
-    return card_of(load_judge(judge_spec, asks), asks, labelled, source=source, seed=seed, on_done=on_done)
+    return card_of(load_judge(judge_spec, asks, connect), asks, labelled, source=source, seed=seed, on_done=on_done)
 
 
 def card_of(
@@ -60,12 +88,14 @@ def card_of(
     0.5, as in every eval: a judge's `partial` is a yes. `tokens` is `None` where the judge reports none.
 
     Raises:
-        RuntimeError: when no row could be scored.
+        RuntimeError: when no row could be scored, or an endpoint's spending limit was reached.
     """
     started = time.perf_counter()
     groups = [(row.prompt, [row.completion]) for row in labelled]
     verdicts = [group[0] for group in judge_groups(judge, groups, max_unscored=1.0, on_done=on_done)]
     seconds = time.perf_counter() - started
+    if spent := [v.reason for v in verdicts if v.is_unscored and v.reason and SPENT in v.reason]:
+        raise RuntimeError(f"{len(spent)} of {len(labelled)} rows were not judged: {spent[0]}; raise the limit")
     counts = {(label, said): 0 for label in (True, False) for said in (True, False)}
     for row, verdict in zip(labelled, verdicts, strict=True):
         if verdict.holds is not None:
@@ -73,7 +103,7 @@ def card_of(
     n = sum(counts.values())
     if n == 0:
         raise RuntimeError(f"none of {len(labelled)} rows could be scored: {verdicts[0].reason}")
-    usage = getattr(judge, "usage", None)
+    used: Tokens | None = getattr(judge, "usage", None)
     return {
         "schema": SCHEMA,
         "judge": judge.identity,
@@ -92,7 +122,7 @@ def card_of(
         },
         "seconds": round(seconds, 3),
         "seconds_per_answer": round(seconds / len(labelled), 6),
-        "tokens": None if usage is None else usage._asdict(),
+        "tokens": None if used is None else {"prompt_tokens": used.prompt, "completion_tokens": used.completion},
         "data": {**(source or {}), "prompts": sorted({prompt_mark(row.prompt.text) for row in labelled})},
     }
 

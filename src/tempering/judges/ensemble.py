@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from tempering.core.endpoint import Usage
+from tempering.core.ledger import NONE, SPENT, Tokens
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.judges import Judge, judge_groups
 
@@ -41,17 +42,18 @@ class EnsembleJudge:
         ]
 
     @property
-    def usage(self) -> Usage | None:
+    def usage(self) -> Tokens | None:
         """Tokens of the members that report them."""
         used = [u for u in (getattr(member, "usage", None) for member in self.members) if u is not None]
-        return Usage(sum(u.prompt_tokens for u in used), sum(u.completion_tokens for u in used)) if used else None
+        return functools.reduce(Tokens.plus, used, NONE) if used else None
 
 
 def majority(votes: Sequence[Verdict], identity: str) -> Verdict:
     """Join the verdicts of several judges on one completion.
 
     The score is the share of scored members that say yes, the label the most frequent one of the majority. A
-    tie is unscored, and so is a completion that only half of the members, or fewer, could score.
+    tie is unscored, and so is a completion that only half of the members, or fewer, could score, or that one was
+    not asked about because of its spending limit.
 
     >>> majority([Verdict(1.0, "a"), Verdict(0.5, "b"), Verdict(0.0, "c")], "abc").score
     0.6666666666666666
@@ -60,7 +62,7 @@ def majority(votes: Sequence[Verdict], identity: str) -> Verdict:
     """
     scored = [vote for vote in votes if not vote.is_unscored]
     told = ", ".join(f"{v.judge} {_word(v)}" for v in votes)
-    if 2 * len(scored) <= len(votes):
+    if 2 * len(scored) <= len(votes) or any(v.is_unscored and SPENT in (v.reason or "") for v in votes):
         return Verdict(None, identity, reason=f"only {len(scored)} of {len(votes)} could tell: {told}")
     yes = [vote for vote in scored if vote.holds]
     if 2 * len(yes) == len(scored):

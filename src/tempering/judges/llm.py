@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tempering.core.endpoint import Usage, parse_endpoint
+from tempering.core.endpoint import parse_endpoint
+from tempering.core.ledger import Tokens
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.core.sampling import Sampler
 from tempering.judges.fence import defuse, fence_mark
@@ -67,7 +68,7 @@ class LLMJudge:
         return [[v for v in vs if v is not None] for vs in verdicts]
 
     @property
-    def usage(self) -> Usage | None:
+    def usage(self) -> Tokens | None:
         """Tokens used so far, where the endpoint reports them."""
         return getattr(self.sampler, "usage", None)
 

@@ -1,0 +1,97 @@
+"""What an eval would ask of endpoints, and what that may cost: the eval itself, run on samplers that ask nobody."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tempering import judges
+from tempering.core.endpoint import EndpointSampler, completion
+from tempering.core.ledger import NONE, Answer, tokens_about
+from tempering.core.records import Completion, Prompt
+from tempering.evals import EVALS
+from tempering.evals.settings import EvalConfig
+
+
+@dataclass
+class DryRun:
+    """In place of a sampler: says the longest answer that it may get, and counts what it would have asked.
+
+    What is in an endpoint's cache is answered from there and not counted.
+    """
+
+    name: str
+    endpoint: EndpointSampler | None = None
+    requests: int = 0
+    cached: int = 0
+    tokens = NONE
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Answer nothing, at length."""
+        longest = Answer("abc " * max_new_tokens, "length")  # four bytes a token, as `tokens_about` counts
+        if self.endpoint is None:
+            return [[Completion(p.id, longest.text, "length", i) for i in range(n)] for p in prompts]
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        self.endpoint.ledger.read()
+        for request in self.endpoint.requests(prompts, n, max_new_tokens, temperature, top_p, seed):
+            known = self.endpoint.ledger.answers.get(request.key)
+            groups[request.place].append(completion(request, known or longest))
+            if known:
+                self.cached += 1
+            else:
+                self.requests += 1
+                self.tokens = self.tokens.plus(tokens_about(request.body["messages"], max_new_tokens))
+        return groups
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts, and the cost where the endpoint has prices."""
+        assert self.endpoint is not None
+        ledger = self.endpoint.ledger
+        return {
+            "endpoint": self.name,
+            "requests": self.requests,
+            "cached": self.cached,
+            "prompt_tokens_about": self.tokens.prompt,
+            "completion_tokens_at_most": self.tokens.completion,
+            "cost_at_most": ledger.cost(self.tokens) if ledger.price_in or ledger.price_out else None,
+        }
+
+
+def estimate(name: str, target: str, config: EvalConfig) -> list[dict[str, Any]]:
+    """Count what an eval would ask of each endpoint; no server is called, nothing is written.
+
+    Raises:
+        FileNotFoundError, ValueError: data or settings that the eval would not take either.
+    """
+    counts: dict[tuple[str, str], DryRun] = {}
+
+    def count(role: str, sampler: EndpointSampler) -> DryRun:
+        return counts.setdefault((role, sampler.name), DryRun(sampler.name, sampler))
+
+    def judge(spec: str, asks: judges.Asks) -> judges.Judge:
+        return judges.load_judge(spec, asks, lambda endpoint: count(f"judge ({asks})", config.ask_judge(endpoint)))
+
+    questions: dict[str, tuple[str, judges.Asks]] = {
+        "judge": (config.judge, "harmful"),
+        "refusal_judge": (config.refusal_judge, "refused"),
+    }
+    taken = inspect.signature(EVALS[name]).parameters.keys() & questions.keys()
+    is_endpoint = target.startswith("openai:")
+    if is_endpoint or taken:  # an eval without judges reads the weights of a local target, and asks nobody
+        sampler = count("target", config.ask_target(target)) if is_endpoint else DryRun(target)
+        # A local judge sees a text of no meaning here; whether it can tell is of no interest.
+        lenient = config.model_copy(update={"max_unscored": 1.0})
+        EVALS[name](sampler, lenient, **{which: judge(*questions[which]) for which in taken})
+    return [{"eval": name, "role": role, **found.summary()} for (role, _), found in counts.items()]
