@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -22,7 +21,8 @@ from tempering.api import load
 from tempering.core.config import Config
 from tempering.core.progress import progress, say
 from tempering.core.records import Completion, PreferencePair, Prompt, Verdict, content_id, pair_from_row
-from tempering.core.run import Run, file_hash
+from tempering.core.run import Run
+from tempering.data.describe import licences_of, sha256_of
 from tempering.data.files import read_records, training_file
 from tempering.judges import Judge, judge_groups, load_judge
 
@@ -95,7 +95,8 @@ def run_own_answers(file: str, config: OwnAnswersConfig, *, resume: bool = False
     run.write_provenance(
         model=sampler.name,
         judge=judge.identity,
-        inputs=[{"path": str(file), "sha256": file_hash(Path(path)) if Path(path).is_file() else None}],
+        inputs=[{"path": str(file), "sha256": sha256_of(path)}],
+        data_licences=licences_of(file),
     )
     run.finish()
     return result

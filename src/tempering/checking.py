@@ -12,7 +12,7 @@ from tempering.data.check import check_file
 class CheckConfig(Config):
     """Settings of `temper data check`."""
 
-    kind: Literal["auto", "pairs", "labelled", "messages", "prompts"] = "auto"
+    kind: Literal["auto", "pairs", "labelled", "messages", "prompts", "texts"] = "auto"
     """What the rows are."""
     model: str | None = None
     """Count lengths in this model's tokens."""

@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Make open-weight language models safe without making them useless, and prove it.\n\n"
     "Align, attack, measure. `temper demo` shows all of it on a small real model, offline, in minutes.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Your own data files.")
+data_app = typer.Typer(no_args_is_help=True, help="Public data sets by name, and your own data files.")
 judge_app = typer.Typer(no_args_is_help=True, help="Judges, and how far to trust them.")
 
 Overrides = Annotated[
@@ -117,6 +117,8 @@ def eval_(
     temper eval runs/demo harm data=advbench.jsonl out=runs/advbench
 
     temper eval smollm2 harm over_refusal capability out=runs/base
+
+    temper eval smollm2 over_refusal data=xstest out=runs/base-xstest
 
     temper eval runs/mine harm gate.harmful_rate=0.1
 
@@ -230,16 +232,98 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
         raise typer.Exit(1)
 
 
+@data_app.command("list")
+def data_list(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the public data sets that `data=` and `data.train=` take by name. No network is used.
+
+    None is bundled: a name reads NAME.jsonl (.csv, .parquet, ...) in the folder TEMPERING_DATA where there is one,
+    else the Hub; NAME:PATH reads a copy of your own, NAME@REVISION another version.
+
+    Rows are of the source; a licence with * is not for commercial use; gated ones ask you to accept terms first.
+
+    Examples:
+    temper data list
+
+    temper data list --json
+
+    temper eval runs/mine harm data=strongreject
+
+    temper train sft data.train=alpaca:copies/alpaca.jsonl out=runs/alpaca
+    """
+    from tempering.data.describe import listed
+
+    rows = listed()
+    if not as_json:
+        names, licences = (max(len(row[key] or "") for row in rows) + 2 for key in ("name", "licence"))
+        purpose = None
+        for row in rows:
+            if row["purpose"] != purpose:
+                purpose = row["purpose"]
+                _tell(f"\n{purpose}\n  {'name':{names}}{'rows':>9}  {'licence':{licences}}{'gated':7}what it is")
+            licence = (row["licence"] or "unknown") + "*" * row["non_commercial"]
+            gated = "yes" if row["gated"] else "no"
+            _tell(f"  {row['name']:{names}}{_count(row):>9}  {licence:{licences}}{gated:7}{row['what']}")
+        _tell("\n* not for commercial use. `temper data show NAME` says more.")
+    _finish(rows, as_json)
+
+
+@data_app.command("show")
+def data_show(
+    name: Annotated[str, typer.Argument(help="A name of `temper data list`; NAME:PATH for your own copy.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say all about one public data set; with a copy of your own, its first rows as they are used.
+
+    Examples:
+    temper data show beavertails
+
+    temper data show advbench:copies/harmful_behaviors.csv
+    """
+    from tempering.data.describe import described
+
+    facts = described(name)
+    if not as_json:
+        _tell(f"{facts['name']}: {facts['what']}")
+        for title, value in (
+            ("page", facts["page"]),
+            ("reads", facts["reads"]),
+            ("version", facts["version"]),
+            ("part", ":".join(filter(None, (facts["config"], facts["split"]))) or "all"),
+            ("rows", _count(facts)),
+            ("becomes", facts["kind"]),
+            ("licence", facts["licence"] or "unknown"),
+            ("limits", _limits(facts)),
+            ("cannot be loaded", facts["own_copy_only"]),
+            ("note", facts["note"]),
+        ):
+            if value:
+                _tell(f"  {title:17} {value}")
+        for row in facts.get("examples", ()):
+            _tell(f"  example           {json.dumps(row, ensure_ascii=False)}")
+    _finish(facts, as_json)
+
+
+def _count(row: dict[str, Any]) -> str:
+    return "unknown" if row["rows"] is None else f"{row['rows']:,}"
+
+
+def _limits(facts: dict[str, Any]) -> str:
+    limits = ["not for commercial use"] * facts["non_commercial"]
+    limits += ["gated: accept its terms on its page, then `hf auth login`"] * facts["gated"]
+    return "; ".join(limits)
+
+
 @data_app.command("check")
 def data_check(
-    file: Annotated[str, typer.Argument(help="A file, folder or Hub id.")],
+    file: Annotated[str, typer.Argument(help="A file, folder, catalogue name or Hub id.")],
     items: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """List everything that is wrong with a data file, with line numbers.
 
-    Settings: kind=auto|pairs|labelled|messages|prompts; lengths in tokens with model=MODEL max_length=N
+    Settings: kind=auto|pairs|labelled|messages|prompts|texts; lengths in tokens with model=MODEL max_length=N
     max_prompt_length=N.
 
     Example: temper data check pairs.jsonl model=smollm2 max_length=1024
@@ -251,6 +335,10 @@ def data_check(
         for problem in result["problems"]:
             _tell(f"{problem['where']}: {problem['problem']}")
         lengths = result.get("lengths") or {}
+        for reason, count in result["left_out"].items():
+            _tell(f"left out {count} rows: {reason}")
+        if result["rows"] and (expected := result.get("expected_rows")) not in (None, result["rows"]):
+            _tell(f"note: {result['rows']} rows, and {expected} are expected of {file}")
         _tell(
             f"{file}: {result['valid']} of {result['rows']} rows usable as {result['kind']}; "
             f"{result['problem_count']} problem(s); lengths {json.dumps(lengths)}"
@@ -262,7 +350,7 @@ def data_check(
 
 @data_app.command("own-answers")
 def data_own_answers(
-    file: Annotated[str, typer.Argument(help="A file, folder or Hub id of labelled pairs, or `demo`.")],
+    file: Annotated[str, typer.Argument(help="A file, folder, catalogue name or Hub id of labelled pairs; `demo`.")],
     items: Overrides = None,
     resume: Resume = False,
     as_json: AsJson = False,

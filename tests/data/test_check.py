@@ -95,5 +95,5 @@ def test_nothing_is_a_traceback(tmp_path, content):
 def test_an_unknown_kind_is_a_problem(tmp_path):
     report = check_file(write(tmp_path / "d.jsonl", {"prompt": "a"}), kind="pear")
     assert report["problems"][0]["problem"] == (
-        "unknown kind 'pear'; expected auto or one of pairs, labelled, messages, prompts"
+        "unknown kind 'pear'; expected auto or one of pairs, labelled, messages, prompts, texts"
     )

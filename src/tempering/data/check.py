@@ -19,13 +19,26 @@ from tempering.core.records import (
 )
 from tempering.data.files import repeated, scan_rows
 from tempering.data.formats import at
+from tempering.data.origin import origin
 
 Record = PreferencePair | LabelledCompletion | Prompt
+
+
+def text_from_row(row: Mapping[str, Any]) -> Prompt:
+    """Read a `text` row, as a corpus has them, for its length.
+
+    Raises:
+        ValueError: there is no text, or it is empty.
+    """
+    return prompt_from_row({"prompt": row.get("text")} if "text" in row else row)
+
+
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "pairs": pair_from_row,
     "labelled": labelled_from_row,
     "messages": labelled_from_row,
     "prompts": prompt_from_row,
+    "texts": text_from_row,
 }
 SHOWN = 20
 
@@ -40,9 +53,12 @@ def check_file(
     """Read a whole source and report on it; a problem is a finding here, never an exception.
 
     Lengths are in tokens with a `tokenizer` (its chat template included), else in characters. A row longer
-    than `max_length` or `max_prompt_length`, in tokens, is counted under `too_long`.
+    than `max_length` or `max_prompt_length`, in tokens, is counted under `too_long`. Rows that the catalogue
+    leaves out are counted under `left_out`, repeated ones of a public data set too, and are no problem; nor is
+    a number of rows other than `expected_rows`, since a copy may be a part.
     """
     report: dict[str, Any] = {"source": str(source), "kind": kind, "rows": 0, "valid": 0, "ok": False}
+    left_out: Counter[str] = Counter()
     problems: list[dict[str, str]] = []
     reasons: Counter[str] = Counter()
     columns: Counter[str] = Counter()
@@ -60,8 +76,17 @@ def check_file(
     if parser is None and kind != "auto":
         add(str(source), f"unknown kind {kind!r}; expected auto or one of {', '.join(PARSERS)}")
     try:
-        for where, row, problem in scan_rows(source) if not problems else ():
+        found = origin(source)
+        if found is not None:
+            report["expected_rows"] = found.dataset.rows
+            if kind == "auto":
+                report["kind"] = {"choices": "prompts"}.get(found.dataset.kind, found.dataset.kind)
+                parser = PARSERS[report["kind"]]
+        for where, row, problem, is_left_out in scan_rows(source) if not problems else ():
             report["rows"] += 1
+            if is_left_out:
+                left_out[str(problem)] += 1
+                continue
             if row is None:
                 add(where, problem or "unreadable")
                 continue
@@ -75,7 +100,11 @@ def check_file(
                 add(where, str(error))
                 continue
             example = row if example is None else example
-            if duplicate := repeated(record, where, seen):
+            duplicate = repeated(record, where, seen)
+            if duplicate and duplicate.is_content and found is not None:
+                left_out["repeats an earlier row"] += 1
+                continue
+            if duplicate:
                 add(where, duplicate.problem, "duplicate")
                 continue
             report["valid"] += 1
@@ -93,6 +122,7 @@ def check_file(
         "problem_count": reasons.total(),
         "problem_counts": dict(reasons.most_common()),
         "duplicates": reasons["duplicate"],
+        "left_out": dict(left_out.most_common()),
         "columns": dict(columns),
         "lengths": {
             "unit": "characters" if tokenizer is None else "tokens",

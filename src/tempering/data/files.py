@@ -1,8 +1,8 @@
-"""Rows of a data source, one at a time, each with the place it stands at: files, folders, Hub datasets.
+"""Rows of a data source, one at a time, each with the place it stands at: files, folders, public data sets.
 
-A source is a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or a Hub dataset id
-(`org/name[@revision][:[config:]split]`). `read_rows` streams plain dicts; `read_records` turns them into
-records and refuses, or counts, what it cannot read and what it has already seen.
+A source is a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a folder of such files, a name in the catalogue
+(`origin.py`), or a Hub dataset id (`org/name[@revision][:[config:]split]`). `read_rows` streams plain dicts;
+`read_records` turns them into records and refuses, or counts, what it cannot read and what it has already seen.
 
 >>> where, row = next(read_rows(bundled("pairs")))
 >>> where
@@ -17,12 +17,18 @@ import dataclasses
 import importlib.resources
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rich.markup import escape
+
+from tempering.core.progress import say
 from tempering.core.records import ParsedRows
+from tempering.data.catalog_rows import LeftOut
+from tempering.data.fetch import fetched
 from tempering.data.formats import READERS, Scanned, at, without_nan
+from tempering.data.origin import Origin, origin, suggestion
 
 BUNDLED = (
     "pairs",
@@ -38,6 +44,8 @@ BUNDLED = (
 DEMO_FILES = {"demo": "pairs", "demo_smollm2": "pairs_smollm2"}
 OnTrouble = Literal["error", "drop"]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.:-]+))?")
+SAID: set[str] = set()
+"""The data sets whose terms this process has said already."""
 SPLITS = re.compile(r"(?:^|[._/-])(train|test|validation|valid|val|dev|eval)(?=$|[._/-])")
 
 
@@ -71,14 +79,17 @@ def training_file(train: str) -> str | Path:
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stream `("file.jsonl:17", row)`; the number counts lines of text files, rows of all others.
 
+    Rows that the catalogue leaves out are not there.
+
     Raises:
         FileNotFoundError: when there is no such file or folder.
         ValueError: when the source is empty, is no data, or a row cannot be read (file and line are named).
     """
-    for where, row, problem in scan_rows(source):
-        if row is None:
+    for where, row, problem, is_left_out in scan_rows(source):
+        if row is not None:
+            yield where, row
+        elif not is_left_out:
             raise ValueError(f"{at(where)}: {problem}")
-        yield where, row
 
 
 def read_records(
@@ -95,8 +106,9 @@ def read_records(
 
     A row that cannot be read, and one whose id or whose content an earlier row has, is an error, or with
     `invalid="drop"` left out and counted by reason. `repeats` is the same for repeated content alone (by
-    default what `invalid` is): public benchmarks repeat prompts. An id that stands for two contents is
-    never merely a repeat. `limit` keeps the first records and reads no further.
+    default what `invalid` is, and for a data set of the catalogue, which nobody can mend, "drop"). An id that
+    stands for two contents is never merely a repeat. What the catalogue leaves out is counted too. `limit`
+    keeps the first records and reads no further.
 
     Raises:
         FileNotFoundError: when there is no such file or folder.
@@ -105,10 +117,11 @@ def read_records(
     records: list[Any] = []
     dropped: dict[str, int] = {}
     seen: dict[str, str] = {}
-    for where, row, found in scan_rows(source):
+    repeats = repeats or ("drop" if origin(source) else invalid)
+    for where, row, found, is_left_out in scan_rows(source):
         if limit is not None and len(records) >= limit:
             break
-        problem, reason, policy = found, found, invalid
+        problem, reason, policy = found, found, "drop" if is_left_out else invalid
         if row is not None:
             try:
                 record = parse(row)
@@ -120,7 +133,7 @@ def read_records(
                     records.append(record)
                     continue
                 problem, reason = repeat.problem, f"repeats an earlier {what}"
-                policy = (repeats or invalid) if repeat.is_content else invalid
+                policy = repeats if repeat.is_content else invalid
         if policy == "error":
             raise ValueError(f"{at(where)}: {problem}; fix the {what} or {remedy}")
         dropped[str(reason)] = dropped.get(str(reason), 0) + 1
@@ -149,13 +162,40 @@ def scan_rows(source: str | Path) -> Iterator[Scanned]:
     Raises:
         FileNotFoundError, ValueError: when the source as a whole cannot be read, or holds no row.
     """
-    rows = itertools.chain.from_iterable(READERS[p.suffix.lower()](p, n) for p, n in _files(source) or ())
-    stream = rows if _is_local(source) else _hub_rows(str(source))
+    found = origin(source)
+    stream = _catalogued_rows(found) if found else _plain_rows(source)
     first = next(stream, None)
     if first is None:
         raise ValueError(f"{source}: no rows in it; expected one JSON object per line, or one of {_kinds()}")
     yield first
     yield from stream
+
+
+def _plain_rows(source: str | Path) -> Iterator[Scanned]:
+    """Stream the rows of a file, a folder or a Hub dataset as they are."""
+    rows = itertools.chain.from_iterable(READERS[p.suffix.lower()](p, n) for p, n in _files(source) or ())
+    return rows if _is_local(source) else _hub_rows(str(source))
+
+
+def _catalogued_rows(found: Origin) -> Iterator[Scanned]:
+    """Stream the rows of a public data set as ours, those that are left out among them, and say its terms once."""
+    dataset = found.dataset
+    if dataset.is_restricted and dataset.name not in SAID:
+        SAID.add(dataset.name)
+        say(f"{dataset.name}: {escape(dataset.terms)}; see {dataset.page}")
+    for scanned in _plain_rows(found.copy) if found.copy is not None else _pinned_rows(found):
+        if scanned.row is None:
+            yield scanned
+            continue
+        try:
+            row = dataset.to_row(scanned.row)
+        except (ValueError, TypeError) as error:
+            yield Scanned(scanned.where, None, f"not a row of {dataset.name}: {error}")
+            continue
+        if isinstance(row, LeftOut):
+            yield Scanned(scanned.where, None, row.reason, is_left_out=True)
+        else:
+            yield Scanned(scanned.where, row)
 
 
 def _files(source: str | Path) -> list[tuple[Path, str]]:
@@ -212,7 +252,8 @@ def _is_local(source: str | Path) -> bool:
     is_path = is_path or (path.parent.is_dir() and ":" not in text)
     if is_path or not HUB_ID.fullmatch(text):
         raise FileNotFoundError(
-            f"{source}: no such file or folder; give a path to {_kinds()}, or a Hub dataset id such as org/name:train"
+            f"{source}: no such file or folder; give a path to {_kinds()}, a data set that `temper data list` names, "
+            f"or a Hub dataset id such as org/name:train{suggestion(source)}"
         )
     return False
 
@@ -222,25 +263,61 @@ def _kinds() -> str:
 
 
 def _hub_rows(source: str) -> Iterator[Scanned]:
-    """Stream a Hub dataset through `datasets`, which keeps it in its cache on disk."""
-    import datasets
-
+    """Stream a Hub dataset that the user named by its id."""
     match = HUB_ID.fullmatch(source)
     assert match is not None
     name = match["name"]
     config, _, split = (match["split"] or "").rpartition(":")
-    try:
-        data = datasets.load_dataset(name, config or None, split=split or None, revision=match["revision"])
-    except Exception as error:  # a boundary: the library and its network layers raise anything
-        first_line = (str(error).splitlines() or ["no message"])[0]
-        raise ValueError(
-            f"{source}: no such file or folder here, and Hub dataset {name!r} could not be loaded "
-            f"({type(error).__name__}: {first_line}); check the spelling and the split, for a gated dataset "
-            "log in with `hf auth login`, and without a network give the path of a file you downloaded"
-        ) from None
+    data = _explained(
+        lambda: _load_dataset(name, config or None, split=split or None, revision=match["revision"]),
+        f"{source}: no such file or folder here, and Hub dataset {name!r} could not be loaded",
+        "check the spelling and the split, for a gated dataset log in with `hf auth login`, "
+        "and without a network give the path of a file you downloaded",
+    )
     if not split and len(data) > 1:
         splits = list(data)
         raise ValueError(f"{source}: choose one of its splits {', '.join(splits)}, as in {name}:{splits[0]}")
     rows = data if split else next(iter(data.values()))
     for number, row in enumerate(rows, 1):
         yield Scanned(f"{source}:{number}", without_nan(row))
+
+
+def _pinned_rows(found: Origin) -> Iterator[Scanned]:
+    """Stream the source of a data set of the catalogue, at its revision, as it is."""
+    d = found.dataset
+    failed = f"{d.name}: {found.where} could not be loaded"
+    if d.own_copy_only:
+        raise ValueError(f"{d.name}: {d.own_copy_only}; {found.remedy}")
+    if d.files:
+        for path in _explained(lambda: [fetched(address) for address in found.addresses], failed, found.remedy):
+            yield from READERS[path.suffix](path, path.name)
+        return
+    data = _explained(
+        lambda: _load_dataset(d.hub, d.config, split=d.split, revision=found.revision, **d.options),
+        failed,
+        found.remedy,
+    )
+    splits = data if isinstance(data, Mapping) else {"": data}
+    rows = ({**row, "split": split} if split else row for split, table in splits.items() for row in table)
+    for number, row in enumerate(rows, 1):
+        yield Scanned(f"{d.name}:{number}", without_nan(row))
+
+
+def _load_dataset(name: str, config: str | None, **settings: Any) -> Any:
+    """Load tables through `datasets`, which keeps them in its cache on disk."""
+    import datasets
+
+    return datasets.load_dataset(name, config, **settings)
+
+
+def _explained(load: Callable[[], Any], failed: str, remedy: str) -> Any:
+    """Load something; where that fails, whatever the reason, say so in one line, with the remedy.
+
+    Raises:
+        ValueError: it failed.
+    """
+    try:
+        return load()
+    except Exception as error:  # a boundary: the libraries and their network layers raise anything
+        first_line = (str(error).splitlines() or ["no message"])[0]
+        raise ValueError(f"{failed} ({type(error).__name__}: {first_line}); {remedy}") from None

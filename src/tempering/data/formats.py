@@ -1,7 +1,7 @@
 """The formats of data files: each reader streams rows with their place, and says what it cannot read.
 
-JSON lines (`.jsonl`, `.ndjson`), one JSON list (`.json`), CSV with a header, Parquet. A row that cannot be
-read is a value with its reason; a file that cannot be read is an exception.
+JSON lines (`.jsonl`, `.ndjson`), one JSON list (`.json`), CSV or tab-separated with a header, Parquet. A row
+that cannot be read is a value with its reason; a file that cannot be read is an exception.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Scanned(NamedTuple):
     where: str
     row: dict[str, Any] | None
     problem: str | None = None
+    is_left_out: bool = False
+    """Whether the row is left out on purpose, for the reason in `problem`: counted, never an error."""
 
 
 def at(where: str) -> str:
@@ -36,7 +38,7 @@ def at(where: str) -> str:
     name, _, number = where.rpartition(":")
     if not name or not number.isdigit():
         return where
-    unit = "line" if name.endswith((".jsonl", ".ndjson", ".csv")) else "row"
+    unit = "line" if name.endswith((".jsonl", ".ndjson", ".csv", ".tsv")) else "row"
     return f"{name} {unit} {number}"
 
 
@@ -114,8 +116,9 @@ def _json_rows(path: Path, name: str) -> Iterator[Scanned]:
 
 def _csv_rows(path: Path, name: str) -> Iterator[Scanned]:
     csv.field_size_limit(MAX_LINE_BYTES)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open("rb") as file:
-        reader = csv.reader(_csv_lines(file, name), strict=True)
+        reader = csv.reader(_csv_lines(file, name), delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise ValueError(f"{name} line 1: a column name occurs twice in {', '.join(header)}")
@@ -209,5 +212,6 @@ READERS: dict[str, Callable[[Path, str], Iterator[Scanned]]] = {
     ".ndjson": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
+    ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
 }

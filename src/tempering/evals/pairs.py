@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tempering.core.records import PreferencePair, content_id, pair_from_row
-from tempering.core.run import Run, file_hash
+from tempering.core.run import Run
+from tempering.data.describe import licences_of, sha256_of
 from tempering.data.files import read_records, training_file
 from tempering.evals.settings import EvalConfig
 
@@ -96,8 +97,8 @@ def load_pairs(sampler: LocalSampler, config: EvalConfig, limit: int | None) -> 
         warnings.append(f"left out {len(problems)} of {len(records)} pairs that do not fit, first {problems[0]}")
     if not pairs:
         raise ValueError(f"{where}: no pair is usable; {warnings[-1]}")
-    path = Path(where)
-    source = {"source": str(where), "sha256": file_hash(path) if path.is_file() else None, "prompts": len(pairs)}
+    licences = {"licences": found} if (found := licences_of(where)) else {}
+    source = {"source": str(where), "sha256": sha256_of(where), "prompts": len(pairs), **licences}
     return LoadedPairs(pairs, {**source, **limits, "prompt_format": fmt}, warnings)
 
 

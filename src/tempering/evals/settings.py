@@ -12,7 +12,7 @@ from tempering.attacks import ATTACKS
 from tempering.core.config import Config
 from tempering.core.endpoint import EndpointConfig, EndpointSampler
 from tempering.core.records import Prompt, content_id, prompt_from_row
-from tempering.core.run import file_hash
+from tempering.data.describe import licences_of, sha256_of
 from tempering.data.files import bundled, read_records
 
 AT_LEAST = ("refusal_rate", "capability_accuracy", "capability_accuracy/choice", "capability_accuracy/exact")
@@ -33,7 +33,7 @@ class EvalConfig(Config):
     """Settings of the evals `harm`, `over_refusal` and `capability`."""
 
     data: str | None = None
-    """File, folder or Hub id (`org/name@revision:split`) with a `prompt` per row; null: embedded ones."""
+    """File, folder, catalogue name or Hub id (`org/name@revision:split`) with a `prompt` per row; null: embedded."""
     prompt_column: str | None = None
     """Column that holds the prompt where it is not called `prompt` (AdvBench: `goal`)."""
     invalid: Literal["error", "drop"] = "error"
@@ -142,11 +142,12 @@ def load_prompts(
         raise ValueError(f"{where}: no prompt is left, all {len(records)} were skipped by label: {why}")
     if config.limit is not None:
         kept = sorted(kept, key=lambda p: content_id(p.id))[: config.limit]
-    path = Path(where)
+    licences = licences_of(where)
     source = {
         "source": f"embedded {embedded}" if config.data is None else str(config.data),
-        "sha256": file_hash(path) if path.is_file() else None,
+        "sha256": sha256_of(where),
         "prompts": len(kept),
+        **({"licences": licences} if licences else {}),
     }
     return LoadedPrompts(sorted(kept, key=lambda p: p.id), source, warnings)
 

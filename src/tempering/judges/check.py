@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,8 @@ from tempering.core.config import Config
 from tempering.core.endpoint import EndpointConfig, EndpointSampler
 from tempering.core.ledger import SPENT, Tokens
 from tempering.core.records import Completion, Prompt, prompt_from_row
-from tempering.core.run import file_hash
 from tempering.core.stats import wilson
+from tempering.data.describe import licences_of, sha256_of
 from tempering.data.formats import at
 from tempering.judges import Asks, Connect, Judge, judge_groups, load_judge
 from tempering.judges.card import COUNTS, QUESTIONS, SCHEMA, prompt_mark
@@ -24,7 +23,7 @@ class CheckJudgeConfig(Config):
     """Settings of `temper judge check`."""
 
     data: str
-    """File of labelled rows."""
+    """File, folder, catalogue name or Hub id of labelled rows."""
     out: str | None = None
     """File for the card; null: one in `runs/judge-cards`, named by judge and content."""
     endpoint: EndpointConfig = EndpointConfig()
@@ -35,7 +34,12 @@ class CheckJudgeConfig(Config):
     @property
     def source(self) -> dict[str, Any]:
         """Where the rows are from, for the card."""
-        return {"source": self.data, "sha256": file_hash(Path(self.data)) if Path(self.data).is_file() else None}
+        licences = licences_of(self.data)
+        return {
+            "source": self.data,
+            "sha256": sha256_of(self.data),
+            **({"licences": licences} if licences else {}),
+        }
 
     def connect(self, spec: str) -> EndpointSampler:
         """Connect the judge."""

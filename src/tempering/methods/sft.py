@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ from tempering.core.logprobs import score_groups
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.progress import progress, say
 from tempering.core.records import LabelledCompletion, PreferencePair, content_id, labelled_from_row, pair_from_row
-from tempering.core.run import Run, file_hash
+from tempering.core.run import Run
 from tempering.core.training import (
     Optimisation,
     Processes,
@@ -42,7 +41,8 @@ from tempering.core.training import (
     save_checkpoint,
     step_batches,
 )
-from tempering.data.files import DEMO_FILES, read_records, training_file
+from tempering.data.describe import inputs_of, licences_of
+from tempering.data.files import read_records, training_file
 from tempering.data.split import hold_out_prompts, mixed
 
 METHOD = "sft"
@@ -53,7 +53,8 @@ class Data(Config):
     """Where the answers come from."""
 
     train: str = "demo"
-    """File, folder or Hub id of prompt/completion, messages or prompt/chosen/rejected rows, or `demo`."""
+    """File, folder, catalogue name or Hub id of prompt/completion, messages or prompt/chosen/rejected rows, or
+    `demo`."""
     invalid: Literal["error", "drop"] = "error"
     """A row that cannot be used stops the run, or is dropped and counted."""
     mix: dict[str, float] = Field(default_factory=dict)
@@ -387,17 +388,16 @@ def measure(config: SftConfig, policy: Policy, rows: Sequence[Encoded]) -> float
 
 def provenance(config: SftConfig, policy: Policy, data: Answers, watch: Stopwatch) -> dict[str, Any]:
     """What `provenance.json` holds beside versions and command."""
-    source = Path(str(training_file(config.data.train)))
     return {
         "method": METHOD,
         "model": policy.source.to_row(),
         "base_fingerprint": policy.base_fingerprint(),
         "device": str(policy.device),
         "threads": torch.get_num_threads(),
-        "inputs": {str(source): file_hash(source)} if source.is_file() else {},
+        "inputs": inputs_of(config.data.train),
         "dropped": data.dropped,
         "judges": [],
-        "data_licences": ["Apache-2.0"] if config.data.train in DEMO_FILES else [],
+        "data_licences": licences_of(config.data.train, config.model),
         "unsafe": False,
         "cost": watch.phases,
     }

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from tempering.core.loading import quiet_libraries
 from tempering.core.policy import Policy
 from tempering.core.preference import LossOptions, PairScores
 from tempering.core.progress import progress, say
-from tempering.core.run import Run, file_hash
+from tempering.core.run import Run
 from tempering.core.training import (
     Micro,
     Optimisation,
@@ -48,7 +47,7 @@ from tempering.core.training import (
     save_checkpoint,
     step_batches,
 )
-from tempering.data.files import DEMO_FILES
+from tempering.data.describe import inputs_of, licences_of
 from tempering.data.split import hold_out_prompts
 from tempering.methods.staged_competence import curriculum as cur
 from tempering.methods.staged_competence.difficulty import (
@@ -403,17 +402,16 @@ def micro_scores(
 
 def provenance(config: StagedCompetenceConfig, policy: Policy, data: Pairs, watch: Stopwatch) -> dict[str, Any]:
     """What `provenance.json` holds beside versions and command."""
-    source = Path(str(data.source))
     return {
         "method": METHOD,
         "model": policy.source.to_row(),
         "base_fingerprint": policy.base_fingerprint(),
         "device": str(policy.device),
         "threads": torch.get_num_threads(),
-        "inputs": {str(data.source): file_hash(source)} if source.is_file() else {},
+        "inputs": inputs_of(config.data.train),
         "dropped": data.dropped,
         "judges": [],
-        "data_licences": ["Apache-2.0"] if config.data.train in DEMO_FILES else [],
+        "data_licences": licences_of(config.data.train, config.model),
         "unsafe": False,
         "cost": watch.phases,
     }

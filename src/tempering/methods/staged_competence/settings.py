@@ -18,8 +18,8 @@ class Data(Config):
     """Where the pairs come from."""
 
     train: str = "demo"
-    """File (JSONL, Parquet, CSV), folder or Hub id of prompt/chosen/rejected rows; bundled: `demo`, and
-    `demo_smollm2` with that model's own answers to harmless prompts."""
+    """File (JSONL, Parquet, CSV), folder, catalogue name or Hub id of prompt/chosen/rejected rows; bundled: `demo`,
+    and `demo_smollm2` with that model's own answers to harmless prompts."""
     invalid: Literal["error", "drop"] = "error"
     """A row that cannot be used stops the run, or is dropped and counted."""
     mix: dict[str, float] = Field(default_factory=dict)
