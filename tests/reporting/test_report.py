@@ -158,6 +158,8 @@ def test_arms_without_a_start_model_are_compared_with_the_baseline(tmp_path):
     arms = {"control_low_beta": (0.3, 0.05), "staged_competence": (0.15, 0.05), "standard_dpo": (0.4, 0.05)}
     systems, comparisons, _ = gathered(write_comparison(tmp_path / "run", arms, seeds=(0, 1)))
     assert systems[0].name == "standard_dpo"
+    write_comparison(tmp_path / "with-base", {**arms, "base": (0.8, 0.05)}, seeds=(0,))
+    assert [s.name for s in gathered(tmp_path / "with-base")[0]][:2] == ["base", "standard_dpo"]
     assert verdict(systems, comparisons).startswith("staged_competence against standard_dpo: Harmful answers fell")
     assert {(c.a, c.b) for c in comparisons} >= {("control_low_beta", "staged_competence")}
 
@@ -415,6 +417,18 @@ def test_other_settings_are_said(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         write_eval(write_run(tmp_path / name), "harm", 0.5, target=name, seed=seed)
     assert "eval harm: b and a differ in settings: seed" in warnings_after([tmp_path / "a", tmp_path / "b"], tmp_path)
+
+
+@pytest.mark.parametrize(("hashes", "differ"), [(("aa", "aa"), False), (("aa", "bb"), True), ((None, None), True)])
+def test_the_same_prompts_in_two_places_are_the_same_setting(tmp_path, hashes, differ):
+    for name, sha256 in zip("ab", hashes, strict=True):
+        root = write_run(tmp_path / name)
+        write_eval(root, "harm", 0.5, target=name)
+        document = json.loads((root / "evals/harm.json").read_text())
+        document["settings"]["data"], document["data"] = f"{name}/pairs.jsonl", {"sha256": sha256}
+        (root / "evals/harm.json").write_text(json.dumps(document))
+    told = warnings_after([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert ("eval harm: b and a differ in settings: data" in told) == differ
 
 
 def test_a_clean_pair_of_runs_has_no_warnings(two):

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from tempering.reporting.collect import RunData, texts
+from tempering.reporting.collect import Eval, RunData, texts
 from tempering.reporting.systems import System
 
 SMALL_N = 30
@@ -28,6 +27,7 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
             out.append(f"{run.name} is labelled unsafe: do not deploy or publish it")
         out += [f"{run.name}, eval {e.name}: {w}" for e in run.evals for w in e.warnings]
         out += [f"{run.name}, difficulty: {w}" for w in texts(run.difficulty.get("warnings"))]
+    out += _small(systems)
     for system in systems:
         out += _metric_warnings(system)
         out += _shared_judges(system)
@@ -35,10 +35,17 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
     return list(dict.fromkeys(out))
 
 
+def _small(systems: Sequence[System]) -> Iterator[str]:
+    """Say once for all systems that it is true of what was scored on few answers."""
+    named: dict[str, list[str]] = {}
+    for system in systems:
+        if small := [f"{k} (n = {m.n})" for k, m in system.metrics.items() if m.n < SMALL_N]:
+            named.setdefault(", ".join(small), []).append(system.name)
+    for small_metrics, names in named.items():
+        yield f"{', '.join(names)}: fewer than {SMALL_N} scored for {small_metrics}; the intervals are wide"
+
+
 def _metric_warnings(system: System) -> Iterator[str]:
-    small = [f"{k} (n = {m.n})" for k, m in system.metrics.items() if m.n < SMALL_N]
-    if small:
-        yield f"{system.name}: fewer than {SMALL_N} scored for {', '.join(small)}; the intervals are wide"
     for key, m in system.metrics.items():
         total = m.n + m.unscored
         if total and m.unscored / total > UNSCORED_LIMIT:
@@ -77,10 +84,12 @@ def judges_of(run: RunData) -> Iterator[tuple[str, str]]:
 
 
 def _settings_warnings(systems: Sequence[System]) -> Iterator[str]:
-    first: dict[str, tuple[str, dict[str, Any]]] = {}
+    first: dict[str, tuple[str, Eval]] = {}
     for system in systems:
         for e in itertools.chain.from_iterable(system.members):
-            name, settings = first.setdefault(e.name, (system.name, e.settings))
-            differ = sorted(k for k in settings.keys() & e.settings.keys() - {"out"} if settings[k] != e.settings[k])
+            name, one = first.setdefault(e.name, (system.name, e))
+            ignored = {"out", "data"} if e.data_hash and e.data_hash == one.data_hash else {"out"}
+            keys = one.settings.keys() & e.settings.keys() - ignored
+            differ = sorted(k for k in keys if one.settings[k] != e.settings[k])
             if differ and name != system.name:
                 yield f"eval {e.name}: {system.name} and {name} differ in settings: {', '.join(differ)}"

@@ -60,6 +60,8 @@ class Eval:
     metrics: dict[str, Metric]
     breakdown: dict[str, dict[str, Metric]]
     settings: Row
+    data_hash: str | None
+    """SHA-256 of the file of prompts."""
     cost: Row
     warnings: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -185,6 +187,7 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         metrics=metrics,
         breakdown=breakdown,
         settings=_mapping(document.get("settings")),
+        data_hash=_mapping(document.get("data")).get("sha256"),
         cost=_mapping(document.get("cost")),
         warnings=(*texts(document.get("warnings")), *texts(correction.get("warnings"))),
         rows=tuple(rows),

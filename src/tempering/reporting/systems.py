@@ -15,8 +15,8 @@ from typing import NamedTuple
 from tempering.core import stats
 from tempering.reporting.collect import CORRECTED, Eval, Metric, Row, RunData, is_number
 
-BASELINE = "standard_dpo"
-"""The arm that comes first: what the others are compared with where no start model was measured."""
+BASELINES = ("base", "standard_dpo")
+"""The arms that come first, where there are any: what all others are compared with."""
 
 
 _FIRST = ("harmful_rate", "attack_success_rate", "over_refusal_rate", "capability_accuracy")
@@ -250,7 +250,7 @@ def systems_of(runs: Sequence[RunData]) -> list[System]:
         start = str(run.config.get("model"))
         for label in sorted(groups, key=lambda g: (g not in ("base", start), g)):
             _add_target(systems, run, label, groups[label], is_only=len(groups) == 1)
-        for arm in sorted(run.arms, key=lambda name: name != BASELINE):
+        for arm in sorted(run.arms, key=lambda name: [name != first for first in BASELINES]):
             members = run.arms[arm]
             if any(m.evals for m in members):
                 evals = [m.evals for m in members if m.evals]
