@@ -14,7 +14,7 @@ from tempering.core.policy import Policy
 from tempering.core.progress import Advance, progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
-from tempering.core.sampling import LocalSampler, Sampler
+from tempering.core.sampling import Sampler, load_sampler
 
 
 class EvalRunConfig(Config):
@@ -59,11 +59,7 @@ def train(
 
 def load(target: str, *, dtype: Dtype = "auto") -> Sampler:
     """Return something that answers: a model reference in this process, or `openai:MODEL@URL`."""
-    if target.startswith("openai:"):
-        from tempering.core.endpoint import EndpointSampler
-
-        return EndpointSampler(target)
-    return LocalSampler(Policy.load(target, dtype=dtype))
+    return load_sampler(target, dtype=dtype)
 
 
 def evaluate(

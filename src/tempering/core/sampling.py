@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tempering.core.chat import Encoded, PromptFormat, encode_prompt
-from tempering.core.loading import quiet_libraries
+from tempering.core.loading import Dtype, quiet_libraries
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
 from tempering.core.records import Completion, Finish, Prompt
@@ -44,6 +44,15 @@ class Sampler(Protocol):
         failed has `finish == "error"` and says why. `on_done` is told how many prompts were just finished.
         """
         ...
+
+
+def load_sampler(target: str, *, dtype: Dtype = "auto") -> Sampler:
+    """Return something that answers: a model reference in this process, or `openai:MODEL@URL`."""
+    if target.startswith("openai:"):
+        from tempering.core.endpoint import EndpointSampler
+
+        return EndpointSampler(target)
+    return LocalSampler(Policy.load(target, dtype=dtype))
 
 
 class ScriptedSampler:

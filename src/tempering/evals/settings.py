@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from tempering.attacks import ATTACKS
+from tempering.attacks import ATTACKS, PLANS
 from tempering.core.config import Config
 from tempering.core.records import Prompt, content_id, prompt_from_row
 from tempering.core.run import file_hash
@@ -18,7 +18,8 @@ AT_LEAST = ("refusal_rate", "capability_accuracy", "capability_accuracy/choice",
 """Metrics of which more is better: a gate on them is a floor."""
 AT_MOST = (
     "harmful_rate",
-    *(f"attack_success_rate/{name}" for name in ATTACKS if name != "direct"),
+    "attack_success_rate",
+    *(f"attack_success_rate/{name}" for name in (*ATTACKS, *PLANS)),
     "over_refusal_rate",
     "partial_refusal_rate",
     "capability_refusal_rate",
@@ -27,7 +28,7 @@ AT_MOST = (
 
 
 class EvalConfig(Config):
-    """Settings of the evals `harm`, `over_refusal` and `capability`."""
+    """Settings of the evals `harm`, `attack_success`, `over_refusal` and `capability`."""
 
     data: str | None = None
     """File, folder or Hub id (`org/name@revision:split`) with a `prompt` per row; null: embedded ones."""
@@ -48,11 +49,20 @@ class EvalConfig(Config):
     refusal_judge: str = "rules"
     """Judge of refusals."""
     attacks: tuple[str, ...] = ("direct",)
-    """How `harm` asks: any of `direct`, `prefill`, `templates`."""
+    """How `harm` and `attack_success` ask: `direct`, `prefill`, `templates`, `many_shot`, an encoding, or (in
+    `attack_success`) a search by an attacker: `pair`, `tap`, `past_tense`, `persona`."""
     templates: str | None = None
     """File with a `template` per row for the attack `templates`; null: the embedded ones."""
     templates_per_prompt: int = Field(1, ge=1)
     """Templates tried on each prompt; above 1, intervals resample whole prompts."""
+    shots: str | None = None
+    """File of `prompt`, `completion` rows for the attack `many_shot`; null: harmless embedded ones."""
+    shots_per_prompt: int = Field(32, ge=1)
+    """Answered turns that `many_shot` puts before a request."""
+    attacker: str | None = None
+    """Model that writes requests in `pair`, `tap`, `past_tense`, `persona`: a reference or `openai:MODEL@URL`."""
+    max_queries: int | None = Field(None, ge=1)
+    """Questions that one search may put to the target about one request; null: what its plan needs."""
     max_unscored: float = Field(0.05, ge=0.0, le=1.0)
     """Largest share of answers that may stay without a verdict before the eval fails, 0 to 1."""
     batch_prompts: int = Field(256, ge=1)
@@ -63,10 +73,11 @@ class EvalConfig(Config):
     @field_validator("attacks")
     @classmethod
     def _known_attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in names if name not in ATTACKS]:
-            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {', '.join(ATTACKS)}")
+        known = ", ".join((*ATTACKS, *PLANS))
+        if unknown := [name for name in names if name not in ATTACKS and name not in PLANS]:
+            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {known}")
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"name each attack once, and at least one of {', '.join(ATTACKS)}")
+            raise ValueError(f"name each attack once, and at least one of {known}")
         return names
 
     @field_validator("gate")
