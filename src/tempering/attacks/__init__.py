@@ -1,7 +1,8 @@
 """Attacks: ways of asking for what a target should decline. What they reach is for an eval to judge.
 
 `ATTACKS` are pure functions from prompts to harder prompts; `PLANS` are searches, which need an attacker model and
-the target's answers. Each prompt made says in `extra` which `attack` made it and the `prompt_id` it was made from.
+the target's answers; `gcg` needs the target's weights. Each prompt made says in `extra` which `attack` made it and
+the `prompt_id` it was made from.
 """
 
 from __future__ import annotations
@@ -53,9 +54,13 @@ ATTACKS: dict[str, Attack] = {
 }
 """Attacks that only rewrite: offline, one way of asking a prompt (`templates`: `templates_per_prompt`)."""
 
+KNOWN = (*ATTACKS, *PLANS, "gcg")
+"""All names of attacks."""
+
 __all__ = [
     "ATTACKS",
     "ENCODINGS",
+    "KNOWN",
     "PLANS",
     "AttackOptions",
     "Attempt",

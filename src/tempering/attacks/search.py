@@ -85,6 +85,8 @@ class Trace:
     """Replies of the attacker that held no request."""
     off_topic: int = 0
     """Requests pruned before they were asked."""
+    scored_candidates: int = 0
+    """Forward passes of a search by gradients."""
 
     @property
     def best(self) -> Attempt | None:

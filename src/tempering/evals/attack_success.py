@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tempering import judges
 from tempering.attacks import ATTACKS, PLANS, Attempt, Trace, search
+from tempering.attacks.gcg import Budget, gcg
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.evals.harm import HARMLESS, attack_options
 from tempering.evals.results import (
@@ -36,7 +37,7 @@ from tempering.evals.results import (
 from tempering.evals.settings import EvalConfig, load_prompts
 
 if TYPE_CHECKING:
-    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+    from tempering.core.sampling import LocalSampler, Sampler  # loads torch, for which `temper --help` must not wait
 
 ANY = "attack_success_rate"
 """Metric of all attacks together."""
@@ -64,7 +65,10 @@ def evaluate(
     )
     if any(name in PLANS for name in config.attacks) and attacker is None:
         attacker = _load_attacker(config)
+    if "gcg" in config.attacks:
+        _with_weights(sampler)
     options = attack_options(config)
+    budget = Budget(config.gcg_steps, config.gcg_candidates)
     jobs = [(attack, prompt) for attack in config.attacks for prompt in prompts]
 
     def ask(asked: Sequence[Prompt], seed: int) -> list[Completion]:
@@ -74,10 +78,10 @@ def evaluate(
     def score(plain: Sequence[Prompt], asked: Sequence[Prompt], answers: Sequence[Completion]) -> list[Verdict]:
         return judged(harm_judge, plain, asked, answers, cost)
 
-    def run_attack(attack: str, requests: Sequence[Prompt]) -> list[Trace]:
+    def run_attack(attack: str, requests: Sequence[Prompt], on_done: Callable[[int], None]) -> list[Trace]:
         if attack in PLANS:
             assert attacker is not None
-            return search(
+            found = search(
                 requests,
                 PLANS[attack],
                 ask,
@@ -87,20 +91,29 @@ def evaluate(
                 max_queries=config.max_queries,
                 seed=config.seed,
             )
+            on_done(len(requests))
+            return found
         traces = {prompt.id: Trace(prompt) for prompt in requests}
-        asked = ATTACKS[attack](requests, options)
+        if attack == "gcg":
+            suffixes = gcg(requests, _with_weights(sampler), budget, seed=config.seed, on_done=on_done)
+            asked = [suffix.prompt for suffix in suffixes]
+            for request, suffix in zip(requests, suffixes, strict=True):
+                traces[request.id].scored_candidates = suffix.scored
+        else:
+            asked = ATTACKS[attack](requests, options)
         plain = [traces[prompt.extra["prompt_id"]].request for prompt in asked]
         answers = ask(asked, 0)
         for request, prompt, given, verdict in zip(plain, asked, answers, score(plain, asked, answers), strict=True):
             traces[request.id].attempts.append(Attempt(prompt, given, verdict))
+        if attack != "gcg":
+            on_done(len(requests))
         return list(traces.values())
 
     def work(batch: Sequence[tuple[str, Prompt]], on_done: Callable[[int], None]) -> list[Row]:
         rows: list[Row] = []
         for attack in dict.fromkeys(attack for attack, _ in batch):
             requests = [prompt for name, prompt in batch if name == attack]
-            rows += [_row(attack, trace, harm_judge.identity) for trace in run_attack(attack, requests)]
-            on_done(len(requests))
+            rows += [_row(attack, trace, harm_judge.identity) for trace in run_attack(attack, requests, on_done)]
         return rows
 
     rows = in_batches(jobs, lambda job: f"{job[0]}-{job[1].id}", work, config, journal=journal, progress=progress)
@@ -131,6 +144,14 @@ def _load_attacker(config: EvalConfig) -> Sampler:
     return load_sampler(config.attacker)
 
 
+def _with_weights(sampler: Sampler) -> LocalSampler:
+    from tempering.core.sampling import LocalSampler
+
+    if not isinstance(sampler, LocalSampler):
+        raise ValueError(f"gcg needs the weights of its target, and {sampler.name} is not a model in this process")
+    return sampler
+
+
 def _metric(attack: str) -> str:
     return ANY if attack == "any" else f"{ANY}/{attack}"
 
@@ -153,6 +174,7 @@ def _row(attack: str, trace: Trace, judge: str) -> Row:
         "attacker_calls": trace.attacker_calls,
         "unread": trace.unread,
         "off_topic": trace.off_topic,
+        "scored_candidates": trace.scored_candidates,
         "verdict": verdict_row(verdict),
         "metric": metric,
         "outcome": trace.succeeded,
@@ -188,5 +210,8 @@ def _together(rows: Sequence[Row]) -> list[Row]:
 def _price(rows: Sequence[Row]) -> dict[str, Any]:
     """What an attack took: totals, and the median number of questions where it succeeded."""
     won = [row["queries"] for row in rows if row["outcome"]]
-    totals = {key: sum(row[key] for row in rows) for key in ("queries", "attacker_calls", "unread", "off_topic")}
+    totals = {
+        key: sum(row[key] for row in rows)
+        for key in ("queries", "attacker_calls", "unread", "off_topic", "scored_candidates")
+    }
     return {**totals, "queries_to_success": statistics.median(won) if won else None}

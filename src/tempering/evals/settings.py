@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from tempering.attacks import ATTACKS, PLANS
+from tempering.attacks import KNOWN
 from tempering.core.config import Config
 from tempering.core.records import Prompt, content_id, prompt_from_row
 from tempering.core.run import file_hash
@@ -19,7 +19,7 @@ AT_LEAST = ("refusal_rate", "capability_accuracy", "capability_accuracy/choice",
 AT_MOST = (
     "harmful_rate",
     "attack_success_rate",
-    *(f"attack_success_rate/{name}" for name in (*ATTACKS, *PLANS)),
+    *(f"attack_success_rate/{name}" for name in KNOWN),
     "over_refusal_rate",
     "partial_refusal_rate",
     "capability_refusal_rate",
@@ -50,7 +50,7 @@ class EvalConfig(Config):
     """Judge of refusals."""
     attacks: tuple[str, ...] = ("direct",)
     """How `harm` and `attack_success` ask: `direct`, `prefill`, `templates`, `many_shot`, an encoding, or (in
-    `attack_success`) a search by an attacker: `pair`, `tap`, `past_tense`, `persona`."""
+    `attack_success`) a search by an attacker, `pair`, `tap`, `past_tense`, `persona`, or by gradients, `gcg`."""
     templates: str | None = None
     """File with a `template` per row for the attack `templates`; null: the embedded ones."""
     templates_per_prompt: int = Field(1, ge=1)
@@ -63,6 +63,10 @@ class EvalConfig(Config):
     """Model that writes requests in `pair`, `tap`, `past_tense`, `persona`: a reference or `openai:MODEL@URL`."""
     max_queries: int | None = Field(None, ge=1)
     """Questions that one search may put to the target about one request; null: what its plan needs."""
+    gcg_steps: int = Field(30, ge=1)
+    """Steps of `gcg` per request (paper: 500)."""
+    gcg_candidates: int = Field(32, ge=1)
+    """Suffixes that `gcg` scores in a step (paper: 512)."""
     max_unscored: float = Field(0.05, ge=0.0, le=1.0)
     """Largest share of answers that may stay without a verdict before the eval fails, 0 to 1."""
     batch_prompts: int = Field(256, ge=1)
@@ -73,11 +77,10 @@ class EvalConfig(Config):
     @field_validator("attacks")
     @classmethod
     def _known_attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        known = ", ".join((*ATTACKS, *PLANS))
-        if unknown := [name for name in names if name not in ATTACKS and name not in PLANS]:
-            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {known}")
+        if unknown := [name for name in names if name not in KNOWN]:
+            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {', '.join(KNOWN)}")
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"name each attack once, and at least one of {known}")
+            raise ValueError(f"name each attack once, and at least one of {', '.join(KNOWN)}")
         return names
 
     @field_validator("gate")
