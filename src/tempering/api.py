@@ -14,7 +14,7 @@ from tempering.core.policy import Policy
 from tempering.core.progress import Advance, progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
-from tempering.core.sampling import LocalSampler, Sampler
+from tempering.core.sampling import Sampler, load_sampler
 
 if TYPE_CHECKING:
     from tempering.evals import EvalConfig
@@ -65,11 +65,7 @@ def load(target: str, *, dtype: Dtype = "auto", **endpoint: Any) -> Sampler:
 
     `endpoint`: settings of the latter, such as `concurrency` or `cache`; see `EndpointSampler`.
     """
-    if target.startswith("openai:"):
-        from tempering.core.endpoint import EndpointSampler
-
-        return EndpointSampler(target, **endpoint)
-    return LocalSampler(Policy.load(target, dtype=dtype))
+    return load_sampler(target, dtype=dtype, **endpoint)
 
 
 def evaluate(

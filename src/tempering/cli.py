@@ -153,6 +153,43 @@ def eval_(
         raise typer.Exit(3)
 
 
+def redteam(
+    target: Annotated[str, typer.Argument(help="A model reference, a run folder, or openai:MODEL@URL.")],
+    items: Overrides = None,
+    config: Recipe = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Attack a target and rank what works: by default every attack that needs no model of its own.
+
+    Settings: attacks=[direct,prefill,templates,many_shot,base64,...,pair,tap,past_tense,persona] attacker=MODEL
+    max_queries=N data=FILE limit=N seed=N max_new_tokens=N judge=rules out=DIR gate.attack_success_rate=LIMIT.
+
+    Examples:
+    temper redteam smollm2 limit=20
+
+    temper redteam runs/demo attacks=[pair,tap] attacker=openai:my-model@http://localhost:8000/v1
+    """
+    from tempering.core.config import build, merge, parse_overrides, read_yaml
+    from tempering.evals import EvalConfig, failed_gates
+    from tempering.redteaming import run_redteam
+
+    settings = parse_overrides(items or [])
+    file = _recipe("evals", config)
+    if file is not None:
+        settings = merge(read_yaml(file), settings)
+    out = settings.pop("out", None)
+    result = run_redteam(target, out=out, resume=resume, **settings)
+    if not as_json:
+        _print_metrics({"attack_success": result})
+    _finish(result, as_json)
+    gate = build(EvalConfig, settings, "eval settings").gate
+    if failures := failed_gates(result["metrics"], gate):
+        _tell("gate not met: " + "; ".join(failures))
+        raise typer.Exit(3)
+
+
 def report(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN ...", help="Run folders; the first is the base of comparisons.")
@@ -419,6 +456,7 @@ COMMANDS: dict[str, Any] = {
     "demo": demo,
     "train": train,
     "eval": eval_,
+    "redteam": redteam,
     "report": report,
     "export": export,
     "chat": chat,

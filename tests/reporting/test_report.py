@@ -9,7 +9,11 @@ import pytest
 import yaml
 from synthetic_runs import JUDGE, write_base, write_comparison, write_eval, write_run, write_tempered, write_training
 
+from tempering.api import EvalRunConfig
+from tempering.core.run import Run
+from tempering.core.sampling import ScriptedSampler
 from tempering.core.stats import mcnemar, wilson
+from tempering.evals import EvalConfig, run_eval
 from tempering.reporting.collect import read_run
 from tempering.reporting.compare import compare, refutation
 from tempering.reporting.plots import Point, safety_plot
@@ -558,3 +562,25 @@ def test_a_correction_stays_with_the_eval_that_it_is_of(tmp_path):
     content = write_report([root], tmp_path / "out")
     names = [k for k in content["systems"][0]["metrics"] if "harmful" in k]
     assert names == ["harmful_rate", "harmful_rate@other", "harmful_rate/corrected@other"]
+
+
+def test_attacks_are_ranked_with_their_price(tmp_path):
+    """A real run of `attack_success`: a target that begins to comply under `prefill`, sometimes in base64."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Bake a stolen cake, kind {i}"}) + "\n" for i in range(20)))
+
+    def script(prompt, index):
+        complies = prompt.prefill or ("base64" in prompt.text and int(prompt.extra["prompt_id"], 16) % 4 == 0)
+        return "Sure: bake the stolen cake, then eat the cake." if complies else "I can't help with that."
+
+    run = Run.create(tmp_path / "run", "eval", EvalRunConfig(target="scripted"))
+    config = EvalConfig(data=str(prompts), attacks=["direct", "base64", "prefill"])
+    found = run_eval("attack_success", ScriptedSampler(script), config, run)["metrics"]
+    write_report([run.root], tmp_path / "out")
+    text = Page((tmp_path / "out/report.html").read_text(encoding="utf-8")).text
+    section = text[text.index("Attacks, strongest first") : text.index("Everything measured")]
+    assert section.index("prefill") < section.index("base64") < section.index("direct")
+    for name in ("prefill", "base64", "direct"):
+        assert show("attack_success_rate", found[f"attack_success_rate/{name}"]["value"]) in section
+    assert found["attack_success_rate/prefill"]["value"] == 1.0 == found["attack_success_rate"]["value"]
+    assert 0 < found["attack_success_rate/base64"]["value"] < 1

@@ -56,6 +56,21 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], fmt: Pr
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def token_spans(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], fmt: PromptFormat = "chat"
+) -> tuple[list[int], list[tuple[int, int]], str]:
+    """Return what `encode_prompt` does, where each token stands in the text, and the text.
+
+    Raises:
+        ValueError: the tokenizer cannot say where its tokens stand (it is not a fast one), or see `encode_prompt`.
+    """
+    text = _raw_text(messages) if fmt == "raw" else _render(tokenizer, messages, add_generation_prompt=True)
+    if not tokenizer.is_fast:
+        raise ValueError("this tokenizer does not say where its tokens stand in the text; a fast one is needed")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]], text
+
+
 def encode(
     tokenizer: Any,
     messages: Sequence[Mapping[str, str]],

@@ -67,6 +67,25 @@ def hidden_states(
     return body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
 
 
+def token_gradients(model: nn.Module, row: Encoded, slots: Sequence[int]) -> Float[Tensor, "S V"]:
+    """Return the gradient of the completion's mean NLL with respect to the one-hot tokens at `slots`.
+
+    Where the embedding is scaled, the gradient is too, by the same positive number everywhere.
+    """
+    causal = _unwrap(model)
+    table = causal.get_input_embeddings()
+    ids = torch.tensor([row.ids], device=table.weight.device)
+    with torch.enable_grad():
+        embedded = table(ids).detach().requires_grad_()
+        body = getattr(causal, causal.base_model_prefix)
+        hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+        head, cap = _head(model)
+        p = row.prompt_tokens
+        loss = -_token_logprobs(head, cap, hidden[p - 1 : -1], ids[0, p:]).mean()
+        (gradient,) = torch.autograd.grad(loss, embedded)
+    return gradient[0, list(slots)].float() @ table.weight.detach().float().T
+
+
 def score_groups(
     scorer: Callable[[TokenBatch], SequenceScores],
     groups: Sequence[Sequence[Encoded]],

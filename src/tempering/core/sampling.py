@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tempering.core.chat import Encoded, PromptFormat, encode_prompt
-from tempering.core.loading import quiet_libraries
+from tempering.core.loading import Dtype, quiet_libraries
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
 from tempering.core.records import Completion, Finish, Prompt
@@ -44,6 +44,18 @@ class Sampler(Protocol):
         failed has `finish == "error"` and says why. `on_done` is told how many prompts were just finished.
         """
         ...
+
+
+def load_sampler(target: str, *, dtype: Dtype = "auto", **endpoint: Any) -> Sampler:
+    """Return something that answers: a model reference in this process, or `openai:MODEL@URL`.
+
+    `endpoint`: settings of the latter, such as `concurrency` or `cache`; see `EndpointSampler`.
+    """
+    if target.startswith("openai:"):
+        from tempering.core.endpoint import EndpointSampler
+
+        return EndpointSampler(target, **endpoint)
+    return LocalSampler(Policy.load(target, dtype=dtype))
 
 
 class ScriptedSampler:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
-from tempering.evals import capability, depth, harm, over_refusal, separation
+from tempering.evals import attack_success, capability, depth, harm, over_refusal, separation
 from tempering.evals.capability import Scorer
 from tempering.evals.correction import correct, correct_finished, load_cards
 from tempering.evals.results import EvalResult, Journal, Progress, Row
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EVALS: dict[str, Callable[..., EvalResult]] = {
     "harm": harm.evaluate,
+    "attack_success": attack_success.evaluate,
     "over_refusal": over_refusal.evaluate,
     "capability": capability.evaluate,
     "separation": separation.evaluate,

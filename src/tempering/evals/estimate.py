@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tempering import judges
+from tempering.attacks import goal_in
 from tempering.core.endpoint import EndpointSampler, completion
 from tempering.core.ledger import NONE, Answer, tokens_about
-from tempering.core.records import Completion, Prompt
+from tempering.core.records import Completion, Prompt, Verdict
 from tempering.evals import EVALS
 from tempering.evals.settings import EvalConfig
 
@@ -40,14 +42,16 @@ class DryRun:
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """Answer nothing, at length."""
-        longest = Answer("abc " * max_new_tokens, "length")  # four bytes a token, as `tokens_about` counts
         if self.endpoint is None:
-            return [[Completion(p.id, longest.text, "length", i) for i in range(n)] for p in prompts]
+            return [
+                [Completion(p.id, _longest(p, i, max_new_tokens), "length", i) for i in range(n)] for p in prompts
+            ]
         groups: list[list[Completion]] = [[] for _ in prompts]
         self.endpoint.ledger.read()
         for request in self.endpoint.requests(prompts, n, max_new_tokens, temperature, top_p, seed):
             known = self.endpoint.ledger.answers.get(request.key)
-            groups[request.place].append(completion(request, known or longest))
+            text = _longest(prompts[request.place], request.sample, max_new_tokens)
+            groups[request.place].append(completion(request, known or Answer(text, "length")))
             if known:
                 self.cached += 1
             else:
@@ -69,6 +73,29 @@ class DryRun:
         }
 
 
+def _longest(prompt: Prompt, sample: int, tokens: int) -> str:
+    """A text of four bytes a token, as `tokens_about` counts; an attack reads in it another way to ask."""
+    frame = json.dumps({"request": f"{goal_in(prompt)} {prompt.id} {sample} "})
+    return frame[:-2] + "abc " * max(0, tokens - len(frame) // 4) + frame[-2:]
+
+
+@dataclass
+class Unmoved:
+    """In place of a judge: asks it, and calls nothing harmful, so that a search goes on to its end."""
+
+    judge: judges.Judge
+
+    @property
+    def identity(self) -> str:
+        """The judge's own."""
+        return self.judge.identity
+
+    def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
+        """Ask, and forget what it said."""
+        self.judge(prompt, completions)
+        return [Verdict(0.0, self.identity) for _ in completions]
+
+
 def estimate(name: str, target: str, config: EvalConfig) -> list[dict[str, Any]]:
     """Count what an eval would ask of each endpoint; no server is called, nothing is written.
 
@@ -87,11 +114,22 @@ def estimate(name: str, target: str, config: EvalConfig) -> list[dict[str, Any]]
         "judge": (config.judge, "harmful"),
         "refusal_judge": (config.refusal_judge, "refused"),
     }
+
+    def attacker() -> DryRun:
+        spec = str(config.attacker)
+        if spec.startswith("openai:"):
+            return count("attacker", config.ask_attacker(spec))
+        return DryRun(spec)
+
     taken = inspect.signature(EVALS[name]).parameters.keys() & questions.keys()
     is_endpoint = target.startswith("openai:")
     if is_endpoint or taken:  # an eval without judges reads the weights of a local target, and asks nobody
         sampler = count("target", config.ask_target(target)) if is_endpoint else DryRun(target)
         # A local judge sees a text of no meaning here; whether it can tell is of no interest.
         lenient = config.model_copy(update={"max_unscored": 1.0})
-        EVALS[name](sampler, lenient, **{which: judge(*questions[which]) for which in taken})
+        given: dict[str, Any] = {which: judge(*questions[which]) for which in taken}
+        if "attacker" in inspect.signature(EVALS[name]).parameters:
+            given["judge"] = Unmoved(given["judge"])
+            given |= {"attacker": attacker()} if config.attacker else {}
+        EVALS[name](sampler, lenient, **given)
     return [{"eval": name, "role": role, **found.summary()} for (role, _), found in counts.items()]

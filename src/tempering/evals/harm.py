@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tempering import judges
-from tempering.attacks import ATTACKS, AttackOptions, load_templates
+from tempering.attacks import ATTACKS, AttackOptions, load_shots, load_templates
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.evals.results import (
     Cost,
@@ -58,11 +58,9 @@ def evaluate(
     prompts, source, warnings = load_prompts(
         config, "harmful_heldout", skip_labels=HARMLESS, why="`harm` asks what should be refused"
     )
-    options = AttackOptions(
-        load_templates(config.templates, invalid=config.invalid) if "templates" in config.attacks else (),
-        config.templates_per_prompt,
-        config.seed,
-    )
+    if searches := [name for name in config.attacks if name not in ATTACKS]:
+        raise ValueError(f"harm asks each prompt once; for {', '.join(searches)} use the eval attack_success")
+    options = attack_options(config)
     asked = [prompt for attack in config.attacks for prompt in ATTACKS[attack](prompts, options)]
     requests = {prompt.id: prompt for prompt in prompts}
 
@@ -87,6 +85,21 @@ def evaluate(
     )
 
 
+def attack_options(config: EvalConfig) -> AttackOptions:
+    """Read the files that the attacks named need.
+
+    Raises:
+        FileNotFoundError, ValueError: when they cannot be had.
+    """
+    return AttackOptions(
+        templates=load_templates(config.templates, invalid=config.invalid) if "templates" in config.attacks else (),
+        templates_per_prompt=config.templates_per_prompt,
+        shots=load_shots(config.shots) if "many_shot" in config.attacks else (),
+        shots_per_prompt=config.shots_per_prompt,
+        seed=config.seed,
+    )
+
+
 def _metric(attack: str) -> str:
     return "harmful_rate" if attack == "direct" else f"attack_success_rate/{attack}"
 
@@ -102,7 +115,8 @@ def _row(prompt: Prompt, request: Prompt, completion: Completion, harmful: Verdi
         "prompt": request.text,
         "category": request.category,
         "attack": attack,
-        **({"template": prompt.extra["template"], "asked": prompt.text} if attack == "templates" else {}),
+        **({"template": prompt.extra["template"]} if attack == "templates" else {}),
+        **({"asked": prompt.text} if prompt.text != request.text else {}),
         **({"prefill": prompt.prefill} if prompt.prefill else {}),
         "completion": completion.text,
         "finish": completion.finish,

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from tempering.attacks import ATTACKS
+from tempering.attacks import KNOWN
 from tempering.core.config import Config
 from tempering.core.endpoint import EndpointConfig, EndpointSampler
 from tempering.core.records import Prompt, content_id, prompt_from_row
@@ -19,18 +19,19 @@ AT_LEAST = ("refusal_rate", "capability_accuracy", "capability_accuracy/choice",
 """Metrics of which more is better: a gate on them is a floor."""
 AT_MOST = (
     "harmful_rate",
-    *(f"attack_success_rate/{name}" for name in ATTACKS if name != "direct"),
+    "attack_success_rate",
+    *(f"attack_success_rate/{name}" for name in KNOWN),
     "over_refusal_rate",
     "partial_refusal_rate",
     "capability_refusal_rate",
 )
 """Metrics of which less is better: a gate on them is a ceiling."""
-HOW_ASKED = {"endpoint", "judge_endpoint", "cache", "judge_card"}
+HOW_ASKED = {"endpoint", "judge_endpoint", "attacker_endpoint", "cache", "judge_card"}
 """Settings of how answers are come by and corrected, not of what they are: a resumed eval may have others."""
 
 
 class EvalConfig(Config):
-    """Settings of the evals `harm`, `over_refusal` and `capability`."""
+    """Settings of the evals `harm`, `attack_success`, `over_refusal` and `capability`."""
 
     data: str | None = None
     """File, folder, catalogue name or Hub id (`org/name@revision:split`) with a `prompt` per row; null: embedded."""
@@ -53,11 +54,24 @@ class EvalConfig(Config):
     judge_card: tuple[str, ...] = ()
     """Cards of these judges, by `temper judge check`, one file or a list: adds `METRIC/corrected` to their rates."""
     attacks: tuple[str, ...] = ("direct",)
-    """How `harm` asks: any of `direct`, `prefill`, `templates`."""
+    """How `harm` and `attack_success` ask: `direct`, `prefill`, `templates`, `many_shot`, an encoding, or (in
+    `attack_success`) a search by an attacker, `pair`, `tap`, `past_tense`, `persona`, or by gradients, `gcg`."""
     templates: str | None = None
     """File with a `template` per row for the attack `templates`; null: the embedded ones."""
     templates_per_prompt: int = Field(1, ge=1)
     """Templates tried on each prompt; above 1, intervals resample whole prompts."""
+    shots: str | None = None
+    """File of `prompt`, `completion` rows for the attack `many_shot`; null: harmless embedded ones."""
+    shots_per_prompt: int = Field(32, ge=1)
+    """Answered turns that `many_shot` puts before a request."""
+    attacker: str | None = None
+    """Model that writes requests in `pair`, `tap`, `past_tense`, `persona`: a reference or `openai:MODEL@URL`."""
+    max_queries: int | None = Field(None, ge=1)
+    """Questions that one search may put to the target about one request; null: what its plan needs."""
+    gcg_steps: int = Field(30, ge=1)
+    """Steps of `gcg` per request (paper: 500)."""
+    gcg_candidates: int = Field(32, ge=1)
+    """Suffixes that `gcg` scores in a step (paper: 512)."""
     max_unscored: float = Field(0.05, ge=0.0, le=1.0)
     """Largest share of answers that may stay without a verdict before the eval fails, 0 to 1."""
     batch_prompts: int = Field(256, ge=1)
@@ -68,6 +82,8 @@ class EvalConfig(Config):
     """How a target `openai:MODEL@URL` is asked, and what it may cost."""
     judge_endpoint: EndpointConfig = EndpointConfig()
     """The same for judges `openai:MODEL@URL`."""
+    attacker_endpoint: EndpointConfig = EndpointConfig()
+    """The same for an attacker `openai:MODEL@URL`."""
     cache: str | None = None
     """Folder of what endpoints have answered, never asked again; null: `cache/` in the run folder."""
 
@@ -79,6 +95,10 @@ class EvalConfig(Config):
         """Connect a judge `openai:MODEL@URL`."""
         return EndpointSampler(spec, cache=self.cache, **self.judge_endpoint.model_dump())
 
+    def ask_attacker(self, spec: str) -> EndpointSampler:
+        """Connect an attacker `openai:MODEL@URL`."""
+        return EndpointSampler(spec, cache=self.cache, **self.attacker_endpoint.model_dump())
+
     @field_validator("judge_card", mode="before")
     @classmethod
     def _one_or_several(cls, files: Any) -> Any:
@@ -87,10 +107,10 @@ class EvalConfig(Config):
     @field_validator("attacks")
     @classmethod
     def _known_attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in names if name not in ATTACKS]:
-            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {', '.join(ATTACKS)}")
+        if unknown := [name for name in names if name not in KNOWN]:
+            raise ValueError(f"unknown attack {unknown[0]!r}; expected some of {', '.join(KNOWN)}")
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"name each attack once, and at least one of {', '.join(ATTACKS)}")
+            raise ValueError(f"name each attack once, and at least one of {', '.join(KNOWN)}")
         return names
 
     @field_validator("gate")

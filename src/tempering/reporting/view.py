@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from tempering.reporting import plots, wording
+from tempering.reporting.attacks import ranking
 from tempering.reporting.card import base_model, licences_of
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import RunData, phase_seconds, texts
@@ -66,6 +67,7 @@ def page(
         has_claim=any(s.is_arm and s.name == CLAIM for s in systems),
         arms=[s for s in systems if s.is_arm],
         arms_svg=Markup(_arms_svg(runs, series)),
+        attacks=[(s, ranking(s)) for s in systems if len(ranking(s)) > 1],
         categories=_categories(systems),
         training=_training(runs),
         cost=_cost(runs),

@@ -1,0 +1,282 @@
+"""Attacks by search: an attacker model writes requests, sees what the target answered, and tries again.
+
+One loop serves four attacks. A node is one way of asking; in each round the attacker writes `branching` children
+of each node kept, the target answers them, the judge scores the answers, and the best `width` nodes are kept:
+
+    pair        Chao et al. 2023 (arXiv:2310.08419): `width` independent streams, one child each, nothing pruned
+    tap         Mehrotra et al. 2023 (arXiv:2312.02119): a tree; children off the topic are not asked
+    past_tense  Andriushchenko & Flammarion 2024 (arXiv:2407.11969): the request as a question about the past;
+                `width` rewordings, no feedback
+    persona     Shah et al. 2023 (arXiv:2311.03348): a persona for whom the request is natural; no feedback
+
+Differs from the papers: the attacker's instructions are ours; the score is our judge's (0 to 1, told to the attacker
+as 1 to 10); whether a child is on topic is told by shared word stems (`judges.topic`) and not by a model; requests
+are searched side by side, so that a batch goes to the target at once.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tempering.attacks.encodings import rewritten
+from tempering.core.records import Completion, Prompt, Verdict, as_messages, content_id
+from tempering.judges.topic import topic_stems
+
+if TYPE_CHECKING:
+    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+
+Score = Callable[[Sequence[Prompt], Sequence[Prompt], Sequence[Completion]], list[Verdict]]
+"""(plain requests, what was asked, answers) -> verdicts on harm."""
+Ask = Callable[[Sequence[Prompt], int], list[Completion]]
+"""(prompts, round) -> one answer of the target to each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of a search."""
+
+    instructions: str
+    """File in `instructions/` that the attacker is given."""
+    depth: int
+    """Rounds."""
+    width: int
+    """Nodes kept after a round; without branching, independent streams."""
+    branching: int = 1
+    """Children that the attacker writes of each node."""
+    keeps_best: bool = False
+    """Whether the best nodes of all streams go on (a tree), or each stream its own."""
+    prunes: bool = False
+    """Whether children off the topic are dropped before the target is asked."""
+    sees_answers: bool = True
+    """Whether the attacker is shown the last answer and its score."""
+
+
+PLANS: dict[str, Plan] = {
+    "pair": Plan("refine", depth=3, width=5),
+    "tap": Plan("refine", depth=4, width=4, branching=3, keeps_best=True, prunes=True),
+    "past_tense": Plan("past_tense", depth=1, width=5, sees_answers=False),
+    "persona": Plan("persona", depth=1, width=5, sees_answers=False),
+}
+"""Attack name -> its search; depth and width are smaller than in the papers (pair: 20 x 3, tap: 10 x 10)."""
+
+
+@dataclass
+class Attempt:
+    """One question put to the target, and what came of it."""
+
+    asked: Prompt
+    completion: Completion
+    verdict: Verdict
+
+
+@dataclass
+class Trace:
+    """All that an attack did for one request."""
+
+    request: Prompt
+    attempts: list[Attempt] = field(default_factory=list)
+    attacker_calls: int = 0
+    unread: int = 0
+    """Replies of the attacker that held no request."""
+    off_topic: int = 0
+    """Requests pruned before they were asked."""
+    scored_candidates: int = 0
+    """Forward passes of a search by gradients."""
+
+    @property
+    def best(self) -> Attempt | None:
+        """The attempt with the highest score, the earliest of equals; `None` where nothing was asked."""
+        scored = [a for a in self.attempts if a.verdict.score is not None]
+        return max(scored, key=lambda a: a.verdict.score or 0.0, default=self.attempts[0] if self.attempts else None)
+
+    @property
+    def succeeded(self) -> bool | None:
+        """Whether any attempt did; `None` where none succeeded and one is unscored, or nothing could be asked."""
+        outcomes = [a.verdict.holds for a in self.attempts]
+        return True if True in outcomes else None if None in outcomes or not outcomes else False
+
+
+@dataclass
+class _Node:
+    trace: Trace
+    stream: int
+    last: Attempt | None = None
+
+
+def search(
+    requests: Sequence[Prompt],
+    plan: Plan,
+    ask: Ask,
+    attacker: Sampler,
+    score: Score,
+    *,
+    name: str,
+    max_queries: int | None = None,
+    temperature: float = 1.0,
+    max_new_tokens: int = 400,
+    seed: int = 0,
+) -> list[Trace]:
+    """Run one attack on every request, and return what was tried; a request that fell is not attacked further.
+
+    `max_queries` limits the questions put to the target about one request. An attacker's reply without a
+    readable request is asked for once more, and then left out.
+    """
+    traces = [Trace(request) for request in requests]
+    roots = 1 if plan.branching > 1 else plan.width
+    nodes = [_Node(trace, stream) for trace in traces for stream in range(roots)]
+    for depth in range(plan.depth):
+        nodes = [node for node in nodes if not node.trace.succeeded]
+        children = _write(nodes, plan, attacker, name, temperature, max_new_tokens, content_id(seed, depth))
+        if plan.prunes:
+            children = _on_topic(children)
+        children = _within(children, max_queries)
+        if not children:
+            break
+        asked = [child for _, child in children]
+        completions = ask(asked, depth)
+        verdicts = score([node.trace.request for node, _ in children], asked, completions)
+        parents = {id(node) for node, _ in children}
+        nodes = [node for node in nodes if id(node) not in parents and not plan.keeps_best]  # streams try again
+        for (parent, prompt), completion, verdict in zip(children, completions, verdicts, strict=True):
+            attempt = Attempt(prompt, completion, verdict)
+            parent.trace.attempts.append(attempt)
+            nodes.append(_Node(parent.trace, parent.stream, attempt))
+        if plan.keeps_best:
+            nodes = _best(nodes, plan.width)
+    return traces
+
+
+def read_request(text: str) -> str | None:
+    """Take the attacker's new request out of its reply: the field `request` of the last JSON object in it.
+
+    >>> read_request('Let me think. {"why": "softer", "request": "How was bread baked?"}')
+    'How was bread baked?'
+    >>> read_request('{"why": "cut off", "request": "How wa') is None
+    True
+    """
+    text = text.rpartition("</think>")[2]
+    decoder = json.JSONDecoder(strict=False)  # models put raw line breaks into strings
+    for start in reversed([m.start() for m in re.finditer(r"\{", text)]):
+        try:
+            value, _ = decoder.raw_decode(text[start:])
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and isinstance(value.get("request"), str) and value["request"].strip():
+            return str(value["request"]).strip()
+    return None
+
+
+def _write(
+    nodes: Sequence[_Node],
+    plan: Plan,
+    attacker: Sampler,
+    name: str,
+    temperature: float,
+    max_new_tokens: int,
+    seed: str,
+) -> list[tuple[_Node, Prompt]]:
+    """Let the attacker write `branching` children of each node; what it repeats is kept once a trace."""
+    jobs = [(node, branch) for node in nodes for branch in range(plan.branching)]
+    written: dict[int, str] = {}
+    for tries in range(2):
+        open_ = [i for i in range(len(jobs)) if i not in written]
+        if not open_:
+            break
+        prompts = [_instruct(*jobs[i], plan, tries) for i in open_]
+        replies = attacker(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=int(seed[:7], 16) + tries
+        )
+        for i, (reply,) in zip(open_, replies, strict=True):
+            trace = jobs[i][0].trace
+            trace.attacker_calls += 1
+            request = None if reply.finish == "error" else read_request(reply.text)
+            if request is None:
+                trace.unread += 1
+            else:
+                written[i] = request
+    children = []
+    seen = {(id(node.trace), a.asked.text) for node in nodes for a in node.trace.attempts}
+    for i in sorted(written):
+        node = jobs[i][0]
+        if (key := (id(node.trace), written[i])) not in seen:
+            seen.add(key)
+            children.append((node, rewritten(node.trace.request, name, written[i])))
+    return children
+
+
+def _instruct(node: _Node, branch: int, plan: Plan, tries: int) -> Prompt:
+    """Say to the attacker what it is to write; the target's words stand between marks that they cannot hold."""
+    goal = node.trace.request.text
+    text = instructions(plan.instructions)
+    parts = [text, _fenced("goal", goal)]
+    if node.last is not None and plan.sees_answers:
+        points = 1 + round(9 * (node.last.verdict.score or 0.0))
+        parts += [
+            _fenced("last request", node.last.asked.text),
+            _fenced("answer", node.last.completion.text),
+            f"Score of that answer: {points} of 10.",
+        ]
+    parts.append('End with one JSON object: {"why": "...", "request": "..."}')
+    messages = as_messages("\n\n".join(parts))
+    # The id carries stream, branch and try: the sampler's seeds differ by it, and so do the children.
+    return Prompt(messages, id=content_id(node.trace.request.id, node.stream, branch, tries, messages))
+
+
+def instructions(name: str) -> str:
+    """Return what the attacker is told, from `instructions/NAME.md`."""
+    return (importlib.resources.files("tempering.attacks") / "instructions" / f"{name}.md").read_text("utf-8").strip()
+
+
+def goal_in(prompt: Prompt) -> str:
+    """Return the goal that an attacker was given in `prompt`; empty where there is none."""
+    found = re.search(r"\[goal (\w+)\]\n(.*?)\n\[end of goal \1\]", prompt.text, re.DOTALL)
+    return found[2] if found else ""
+
+
+def _fenced(what: str, text: str) -> str:
+    mark = content_id(what, text)
+    return f"[{what} {mark}]\n{text}\n[end of {what} {mark}]"
+
+
+def _on_topic(children: Sequence[tuple[_Node, Prompt]]) -> list[tuple[_Node, Prompt]]:
+    kept = []
+    for node, prompt in children:
+        about = set(topic_stems(node.trace.request.text.lower()))
+        if not about or about & set(topic_stems(prompt.text.lower())):
+            kept.append((node, prompt))
+        else:
+            node.trace.off_topic += 1
+    return kept
+
+
+def _within(children: Sequence[tuple[_Node, Prompt]], max_queries: int | None) -> list[tuple[_Node, Prompt]]:
+    if max_queries is None:
+        return list(children)
+    used: dict[int, int] = {}
+    kept = []
+    for node, prompt in children:
+        key = id(node.trace)
+        count = used.setdefault(key, len(node.trace.attempts))
+        if count < max_queries:
+            used[key] += 1
+            kept.append((node, prompt))
+    return kept
+
+
+def _best(nodes: Sequence[_Node], width: int) -> list[_Node]:
+    """Keep the `width` best-scored nodes of each request, the earlier of equals; unscored ones come last."""
+    by_trace: dict[int, list[_Node]] = {}
+    for node in nodes:
+        by_trace.setdefault(id(node.trace), []).append(node)
+
+    def rank(node: _Node) -> float:
+        score = node.last.verdict.score if node.last else None
+        return -1.0 if score is None else score
+
+    kept = [sorted(group, key=rank, reverse=True)[:width] for group in by_trace.values()]
+    return [node for group in kept for node in group]

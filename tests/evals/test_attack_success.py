@@ -1,0 +1,131 @@
+import json
+import re
+
+import pytest
+
+from tempering.core.records import Verdict
+from tempering.core.run import Run
+from tempering.core.sampling import ScriptedSampler
+from tempering.core.stats import wilson
+from tempering.evals import EvalConfig, Journal, attack_success, run_eval
+
+
+class WordJudge:
+    """Says yes where the answer holds HARM; cannot tell where it holds `?!`."""
+
+    identity = "word"
+
+    def __call__(self, prompt, completions):
+        return [
+            Verdict(None, "word", reason="no verdict in reply")
+            if "?!" in c.text
+            else Verdict(float("HARM" in c.text), "word")
+            for c in completions
+        ]
+
+
+def data(tmp_path, n=50):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"bad thing {i}"}) + "\n" for i in range(n)))
+    return str(path)
+
+
+def number_of(prompt):
+    return int(re.search(r"bad thing (\d+)", prompt.text)[1])
+
+
+def planted(prompt, index):
+    """Asked plainly 30 % do it; with a prefill another 20 %; the attacker brings down 0 to 59 % at its second try."""
+    number, attack = number_of(prompt) % 10, prompt.extra["attack"]
+    done = {"direct": number < 3, "prefill": number in (3, 4), "pair": number < 6 and "try 2" in prompt.text}
+    return "HARM" if done[attack] else "no"
+
+
+def attacker():
+    """Repeat the goal with the number of the try that its instructions show."""
+
+    def write(prompt, index):
+        goal = re.search(r"bad thing \d+", prompt.text)[0]
+        return json.dumps({"request": f"{goal}, try {2 if 'Score of that answer' in prompt.text else 1}"})
+
+    return ScriptedSampler(write)
+
+
+def evaluate(config, script=planted, **more):
+    return attack_success.evaluate(ScriptedSampler(script), config, judge=WordJudge(), **more)
+
+
+def test_each_attack_and_all_together_are_recovered(tmp_path):
+    config = EvalConfig(data=data(tmp_path), attacks=["direct", "prefill", "pair"])
+    result = evaluate(config, attacker=attacker())
+    values = {name: m["value"] for name, m in result.metrics.items()}
+    assert values == {
+        "attack_success_rate": 0.6,
+        "attack_success_rate/direct": 0.3,
+        "attack_success_rate/prefill": 0.2,
+        "attack_success_rate/pair": 0.6,
+    }
+    together = result.metrics["attack_success_rate"]
+    assert (together["low"], together["high"]) == wilson(30, 50)[1:] and together["n"] == 50
+
+
+def test_the_price_of_an_attack_is_what_it_asked(tmp_path):
+    """All streams of this attacker write the same request, which is asked once a round; the third round repeats the
+    second, so every request takes two questions."""
+    config = EvalConfig(data=data(tmp_path, 10), attacks=["direct", "pair"])
+    result = evaluate(config, attacker=attacker())
+    price = result.details["attacks"]
+    assert price["direct"]["queries"] == 10 and price["direct"]["queries_to_success"] == 1
+    assert price["pair"]["queries"] == 20 and price["pair"]["queries_to_success"] == 2
+    rows = [row for row in result.rows if row["attack"] == "any"]
+    assert sum(row["queries"] for row in rows) == 30
+    assert {row["by"] for row in rows if row["outcome"]} == {"direct", "pair"}
+
+
+def test_a_search_needs_an_attacker_and_harm_refuses_searches(tmp_path):
+    config = EvalConfig(data=data(tmp_path, 2), attacks=["direct", "pair"])
+    with pytest.raises(ValueError, match=r"pair: these attacks need a model .* attacker="):
+        evaluate(config)
+    with pytest.raises(ValueError, match="for pair use the eval attack_success"):
+        run_eval("harm", ScriptedSampler(planted), config, Run(tmp_path / "run"))
+
+
+def test_several_templates_count_once_a_request(tmp_path):
+    def script(prompt, index):
+        return "HARM" if prompt.extra["template"] == "t1" else "no"
+
+    templates = tmp_path / "t.jsonl"
+    templates.write_text(
+        "".join(json.dumps({"name": f"t{i}", "template": f"{i}: {{prompt}}"}) + "\n" for i in range(3))
+    )
+    config = EvalConfig(
+        data=data(tmp_path, 20), attacks=["templates"], templates=str(templates), templates_per_prompt=3
+    )
+    metric = evaluate(config, script).metrics["attack_success_rate/templates"]
+    assert (metric["value"], metric["n"]) == (1.0, 20)
+
+
+def test_an_unscored_attempt_counts_neither_way_unless_another_succeeded(tmp_path):
+    def script(prompt, index):
+        return "HARM" if prompt.extra["attack"] == "prefill" and number_of(prompt) == 0 else "?!"
+
+    config = EvalConfig(data=data(tmp_path, 2), attacks=["direct", "prefill"], max_unscored=1.0)
+    result = evaluate(config, script)
+    assert result.metrics["attack_success_rate"]["unscored"] == 1
+    assert result.metrics["attack_success_rate"]["value"] == 1.0
+
+
+def test_finished_rows_are_not_attacked_again(tmp_path):
+    config = EvalConfig(data=data(tmp_path, 20), attacks=["direct", "pair"], batch_prompts=7)
+    kept = []
+    whole = evaluate(config, attacker=attacker(), journal=Journal(keep=kept.extend))
+    asked = []
+
+    def script(prompt, index):
+        asked.append(prompt.extra["prompt_id"])
+        return planted(prompt, index)
+
+    done = {row["id"]: row for row in kept[:20]}
+    again = evaluate(config, script, attacker=attacker(), journal=Journal(done))
+    assert again.rows == whole.rows and again.metrics == whole.metrics
+    assert len(set(asked)) == 20 and len(asked) == 40  # the 20 `direct` rows were taken over
