@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tempering.core.records import Completion, Prompt
 from tempering.core.sampling import ScriptedSampler
-from tempering.judges.classifier import parse_guard
 from tempering.judges.fence import defuse, fence_mark, without_tokens
+from tempering.judges.guards import FORMATS
 from tempering.judges.llm import LLMJudge, parse_reply
 
 WORDS = ["harmful", "partial", "safe"]
@@ -76,7 +76,7 @@ def test_an_awkward_reply_is_read_as_meant_or_not_at_all(case):
     read = parse_reply(reply, WORDS)
     assert read.word == word
     assert bool(read.reason) == (word is None)
-    verdict = parse_guard(reply, "guard")
+    verdict = FORMATS["llama_guard"].read(reply, "harmful")
     assert verdict.label == guard
     assert verdict.score == {None: None, "safe": 0.0, "unsafe": 1.0}[guard]
     assert bool(verdict.reason) or guard is not None

@@ -34,7 +34,7 @@ def load_judge(spec: str, asks: Asks) -> Judge:
     """Make a judge for one of the two questions.
 
     `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
-    `guard:MODEL_ID` (question `harmful` only); `ensemble:JUDGE+JUDGE[+...]`, the majority of some of these.
+    `guard:MODEL_ID[#FORMAT]` (most: question `harmful` only); `ensemble:JUDGE+JUDGE[+...]`, the majority of some of these.
     Models are loaded with the first question, not here.
 
     Raises:
@@ -115,11 +115,10 @@ def _classifier(spec: str, asks: Asks) -> Judge:
 
 
 def _guard(spec: str, asks: Asks) -> Judge:
-    from tempering.judges.classifier import GuardJudge
+    from tempering.judges.guards import GuardJudge
 
-    if asks != "harmful":
-        raise ValueError(f"{spec}: a guard says whether an answer is harmful, not whether it is a refusal; use rules")
-    return GuardJudge(spec.partition(":")[2])
+    model, _, form = spec.partition(":")[2].partition("#")
+    return GuardJudge(model, asks, form=form or None)
 
 
 def _ensemble(spec: str, asks: Asks) -> Judge:
