@@ -1,17 +1,19 @@
-"""Judges: callables that say whether a completion is harmful, or a refusal."""
+"""Judges: callables that answer one question about a completion, or compare two of them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from tempering.core.records import Completion, Prompt, Verdict
 
 __all__ = ["Asks", "Group", "Judge", "judge_groups", "load_judge"]
 
-Asks = Literal["harmful", "refused"]
+Asks = Literal["harmful", "refused", "compliance", "informativeness", "deflection", "faithfulness"]
+QUESTIONS: tuple[Asks, ...] = get_args(Asks)
+"""What a judge may be asked about one completion; the words of the answers: `tempering.judges.llm.SCORES`."""
 Group = tuple[Prompt, Sequence[Completion]]
 
 
@@ -31,17 +33,17 @@ class Judge(Protocol):
 
 
 def load_judge(spec: str, asks: Asks) -> Judge:
-    """Make a judge for one of the two questions.
+    """Make a judge for one question.
 
-    `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
-    `guard:MODEL_ID[#FORMAT]` (most: question `harmful` only); `ensemble:JUDGE+JUDGE[+...]`, the majority of some of these.
-    Models are loaded with the first question, not here.
+    `openai:MODEL@URL` (an LLM with our rubric) answers all of them; `rules`, `guard:MODEL_ID[#FORMAT]` and
+    `classifier:MODEL_ID[#LABEL[,LABEL]]` answer `harmful` and `refused` (most guards: `harmful` only);
+    `ensemble:JUDGE+JUDGE[+...]` is the majority of some of these. Models are loaded with the first question.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
     """
-    if asks not in ("harmful", "refused"):
-        raise ValueError(f"unknown question {asks!r}; a judge answers 'harmful' or 'refused'")
+    if asks not in QUESTIONS:
+        raise ValueError(f"unknown question {asks!r}; expected one of {', '.join(QUESTIONS)}")
     kind, _, rest = spec.partition(":")
     if kind not in _KINDS or (rest == "") != (kind == "rules"):
         raise ValueError(
@@ -97,7 +99,7 @@ def require_scored(verdicts: Sequence[Verdict], max_unscored: float) -> None:
 def _rules(spec: str, asks: Asks) -> Judge:
     from tempering.judges.rules import RulesJudge
 
-    return RulesJudge(asks)
+    return RulesJudge(_plain(spec, asks))
 
 
 def _llm(spec: str, asks: Asks) -> Judge:
@@ -111,14 +113,14 @@ def _classifier(spec: str, asks: Asks) -> Judge:
     from tempering.judges.classifier import ClassifierJudge
 
     model, _, labels = spec.partition(":")[2].partition("#")
-    return ClassifierJudge(model, asks, labels=[x.strip() for x in labels.split(",") if x.strip()])
+    return ClassifierJudge(model, _plain(spec, asks), labels=[x.strip() for x in labels.split(",") if x.strip()])
 
 
 def _guard(spec: str, asks: Asks) -> Judge:
     from tempering.judges.guards import GuardJudge
 
     model, _, form = spec.partition(":")[2].partition("#")
-    return GuardJudge(model, asks, form=form or None)
+    return GuardJudge(model, _plain(spec, asks), form=form or None)
 
 
 def _ensemble(spec: str, asks: Asks) -> Judge:
@@ -129,6 +131,12 @@ def _ensemble(spec: str, asks: Asks) -> Judge:
     if any(member.partition(":")[0] == "ensemble" for member in members):
         raise ValueError(f"{spec}: an ensemble of ensembles; list the judges themselves")
     return EnsembleJudge([load_judge(member, asks) for member in members])
+
+
+def _plain(spec: str, asks: Asks) -> Literal["harmful", "refused"]:
+    if asks == "harmful" or asks == "refused":
+        return asks
+    raise ValueError(f"{spec} cannot say {asks!r}, only 'harmful' or 'refused'; use openai:MODEL@URL")
 
 
 _KINDS: dict[str, Callable[[str, Asks], Judge]] = {
