@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from tempering.core.records import Completion, Prompt, Verdict
 
-__all__ = ["Asks", "Group", "Judge", "judge_groups", "load_judge"]
+if TYPE_CHECKING:
+    from tempering.judges.pairwise import PairwiseJudge  # loads torch
+
+__all__ = ["Asks", "Group", "Judge", "judge_groups", "load_judge", "load_pairwise"]
 
 Asks = Literal["harmful", "refused", "compliance", "informativeness", "deflection", "faithfulness"]
 QUESTIONS: tuple[Asks, ...] = get_args(Asks)
 """What a judge may be asked about one completion; the words of the answers: `tempering.judges.llm.SCORES`."""
+PAIRWISE = "pairwise"
+"""The kind of judge that `load_pairwise` makes."""
 Group = tuple[Prompt, Sequence[Completion]]
 
 
@@ -45,12 +50,36 @@ def load_judge(spec: str, asks: Asks) -> Judge:
     if asks not in QUESTIONS:
         raise ValueError(f"unknown question {asks!r}; expected one of {', '.join(QUESTIONS)}")
     kind, _, rest = spec.partition(":")
+    if kind == PAIRWISE:
+        raise ValueError(f"{spec}: this judge compares two answers and says nothing of one; use openai:MODEL@URL")
     if kind not in _KINDS or (rest == "") != (kind == "rules"):
         raise ValueError(
             f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID "
             "or ensemble:JUDGE+JUDGE"
         )
     return _KINDS[kind](spec, asks)
+
+
+def load_pairwise(spec: str, question: str | None = None) -> PairwiseJudge:
+    """Make a judge that compares: `pairwise:openai:MODEL@URL[#QUESTION]`, where `question` is the same said apart.
+
+    Raises:
+        ValueError: not of this form, no question or an unknown one, or two that differ.
+    """
+    from tempering.core.endpoint import EndpointSampler
+    from tempering.judges.pairwise import COMPARES, PairwiseJudge
+
+    found = re.fullmatch(rf"{PAIRWISE}:(openai:.+?)(?:#([^#@/]*))?", spec)
+    if not found:
+        raise ValueError(f"unknown judge {spec!r}; expected {PAIRWISE}:openai:MODEL@URL[#QUESTION]")
+    named = found[2]
+    asks = question if named is None else named
+    if asks not in COMPARES:
+        told = "no question" if asks is None else f"unknown question {asks!r}"
+        raise ValueError(f"{spec}: {told}; add one after '#': {', '.join(COMPARES)}")
+    if question not in (None, asks):
+        raise ValueError(f"{spec} asks {asks!r}, but {question!r} is wanted; name one question")
+    return PairwiseJudge(EndpointSampler(found[1]), asks)
 
 
 def judge_groups(
