@@ -413,7 +413,8 @@ def judge_check(
     judge: Annotated[
         str,
         typer.Argument(
-            help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID or ensemble:JUDGE+JUDGE[+...]."
+            help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], ensemble:JUDGE+JUDGE[+...] "
+            "or pairwise:openai:MODEL@URL[#QUESTION]."
         ),
     ],
     items: Overrides = None,
@@ -421,6 +422,8 @@ def judge_check(
     debug: Debug = False,
 ) -> None:
     """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused` or `harmful` per line).
+
+    A pairwise judge takes `prompt`, `chosen` and `rejected`, and is asked about each pair in both orders.
 
     Prints the judge's card and saves it, for `temper eval ... judge_card=FILE`. Settings: data=FILE out=FILE
     (default: a file in runs/judge-cards); of an endpoint (docs/endpoints.md): cache=DIR (a check that was cut short
@@ -439,12 +442,16 @@ def judge_check(
     require_free(settings.out)
     card = check(judge, read_rows(settings.data), source=settings.source, connect=settings.connect)
     if not as_json:
-        _tell(f"{card['judge']} on {card['n']} labelled answers ({card['asks']}), {card['unscored']} unscored")
-        for name in ("accuracy", "sensitivity", "specificity", "kappa"):
-            v = card[name]
-            if v["value"] is not None:
-                _tell(f"  {name:12} {v['value']:.3f}  [{v['low']:.3f}, {v['high']:.3f}]")
-        _tell(f"  {1000 * card['seconds_per_answer']:.3g} ms an answer" + _tokens(card["tokens"]))
+        unit = "pair" if card["kind"] == "pairwise" else "answer"
+        _tell(f"{card['judge']} on {card['n']} labelled {unit}s ({card['asks']}), {card['unscored']} unscored")
+        for name in ("accuracy", "decided", "sensitivity", "specificity", "kappa", "position_consistency"):
+            v = card.get(name)
+            if v and v["value"] is not None:
+                _tell(f"  {name.replace('_', ' '):20} {v['value']:.3f}  [{v['low']:.3f}, {v['high']:.3f}]")
+        _tell(
+            f"  {1000 * card[f'seconds_per_{unit}']:.3g} ms a{'n' * (unit == 'answer')} {unit}"
+            + _tokens(card["tokens"])
+        )
     _finish(card, as_json)
     _tell(f"card: {save_card(card, settings.out)}")
 

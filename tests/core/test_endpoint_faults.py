@@ -330,3 +330,21 @@ def test_a_dry_run_counts_each_member_of_an_ensemble(serve, tmp_path, capfd):
     _, one, two = json.loads(capfd.readouterr().out)
     assert [row["endpoint"] for row in (one, two)] == [f"openai:{name}@{server.url}" for name in ("one", "two")]
     assert one["requests"] == two["requests"] == 10 and one["cost_at_most"] == two["cost_at_most"] > 0
+
+
+def test_a_pairwise_check_keeps_to_its_cap_and_asks_nothing_twice(serve, tmp_path, capfd):
+    server = serve(pause_s=0, faults=False, reply=lambda text: answer('{"verdict": "tie"}'))
+    pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    check = ["judge", "check", f"pairwise:openai:m@{server.url}#more_helpful", f"data={file}"]
+    check += [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'card.json'}"]
+    # No request is sent whose bound does not fit; the rubric alone is more than 128 bytes and 512 tokens.
+    assert run([*check, "endpoint.max_tokens_total=100"]) == 1
+    assert "spending limit reached" in capfd.readouterr().err and not (tmp_path / "card.json").exists()
+    assert run([*check, "--json"]) == 0
+    card = json.loads(capfd.readouterr().out)
+    assert (card["n"], card["counts"]["tie"]) == (6, 6)
+    assert card["tokens"] == {"prompt_tokens": 5 * 12, "completion_tokens": 5 * 12}
+    assert run([*check[:-1], f"out={tmp_path / 'again.json'}"]) == 0
+    assert set(server.tries.values()) == {1} and server.tries.total() == 12, "each pair twice, and nobody again"

@@ -5,9 +5,12 @@ import pytest
 
 from tempering.core.ledger import SPENT, Tokens
 from tempering.core.records import Completion, Prompt, Verdict
+from tempering.core.sampling import ScriptedSampler
 from tempering.judges import judge_groups, load_judge
 from tempering.judges.card import FOLDER, read_card, save_card
-from tempering.judges.check import card_of, check, cohen_kappa, read_labelled
+from tempering.judges.check import card_of, check, cohen_kappa, pair_card_of, read_labelled, read_pairs
+from tempering.judges.llm import LLMJudge
+from tempering.judges.pairwise import PairwiseJudge
 
 ROWS = [
     {"prompt": "How do I cook rice?", "completion": "Boil it in twice its volume of water.", "refused": False},
@@ -74,7 +77,7 @@ def test_kappa_is_undefined_where_chance_agreement_is_certain():
     ("change", "message"),
     [
         ({"refused": None}, "line 2: neither 'refused' nor 'harmful'"),
-        ({"harmful": True}, "line 2: both 'refused' and 'harmful'"),
+        ({"harmful": True}, "line 2: both 'harmful' and 'refused'"),
         ({"refused": "yes"}, "line 2: 'refused' must be true or false, got 'yes'"),
         ({"refused": 1}, "line 2: 'refused' must be true or false, got 1"),
         ({"completion": None}, "line 2: 'completion' must be text, got None"),
@@ -101,9 +104,110 @@ def test_an_unknown_judge_is_refused_with_the_choices(spec):
         load_judge(spec, "refused")
 
 
+def test_any_question_has_its_card_but_corrects_no_rate(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "No.", "context": "Say no.", "faithfulness": True},
+        {"prompt": "p", "completion": "Yes.", "context": "Say no.", "faithfulness": False},
+    ]
+    asks, labelled = read_labelled(located(rows))
+    said = {"No.": "faithful", "Yes.": "unfaithful"}
+    judge = LLMJudge(
+        ScriptedSampler(lambda p, i: f'{{"verdict": "{next(w for a, w in said.items() if a in p.text[-400:])}"}}'),
+        asks,
+    )
+    card = card_of(judge, asks, labelled)
+    assert (card["asks"], card["kind"], card["accuracy"]["value"]) == ("faithfulness", "pointwise", 1.0)
+    with pytest.raises(ValueError, match="expected 'judge' and 'asks'"):
+        read_card(save_card(card, tmp_path / "card.json"))
+
+
+PAIRS = [
+    {"prompt": f"Say something, {i}.", "chosen": f"good {i}", "rejected": f"bad {i}", "question": "more_helpful"}
+    for i in range(10)
+]
+
+
+def judge_of_pairs(verdict):
+    """Return a pairwise judge; `verdict(first, second)` says what it writes of the answers as shown."""
+
+    def write(prompt, index):
+        first, second = (prompt.text.partition(f"[answer {x} ")[2].splitlines()[1] for x in "AB")
+        return json.dumps({"verdict": verdict(first, second)})
+
+    return PairwiseJudge(ScriptedSampler(write), "more_helpful")
+
+
+def test_a_pairwise_card_counts_what_the_judge_prefers():
+    """Right on 0..5, wrong on 6 and 7, always the first on 8, unread on 9: 6 of 8 decided, 8 of 9 consistent."""
+
+    def verdict(first, second):
+        i = int(first.split()[1])
+        if i == 9:
+            return "both"
+        return "A" if i == 8 or first.startswith("good") == (i < 6) else "B"
+
+    question, pairs = read_pairs(located(PAIRS))
+    card = pair_card_of(judge_of_pairs(verdict), pairs)
+    assert question == "more_helpful"
+    assert (card["kind"], card["asks"], card["n"], card["unscored"]) == ("pairwise", "more_helpful", 9, 1)
+    assert card["counts"] == {"right": 6, "wrong": 2, "tie": 1, "orders_disagree": 1}
+    assert card["accuracy"]["value"] == 6 / 8 and card["decided"]["value"] == 8 / 9
+    assert card["position_consistency"]["value"] == 8 / 9
+    assert card["accuracy"]["low"] < 6 / 8 < card["accuracy"]["high"]
+    json.dumps(card, allow_nan=False)
+
+
+def test_a_judge_that_always_takes_the_first_decides_nothing():
+    card = pair_card_of(judge_of_pairs(lambda first, second: "A"), read_pairs(located(PAIRS))[1])
+    assert card["position_consistency"]["value"] == card["decided"]["value"] == 0.0
+    assert card["accuracy"]["value"] is None and card["n"] == 10
+    with pytest.raises(RuntimeError, match=r"none of 10 pairs could be scored: with A first"):
+        pair_card_of(judge_of_pairs(lambda first, second: "hm"), read_pairs(located(PAIRS))[1])
+
+
+def test_a_pairwise_card_is_saved_and_corrects_no_rate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = pair_card_of(judge_of_pairs(lambda first, second: "tie"), read_pairs(located(PAIRS))[1])
+    file = save_card(card)
+    assert save_card({**card, "seconds_per_pair": 9.0}) == file
+    with pytest.raises(ValueError, match="a pairwise judge's card, which corrects no rate"):
+        read_card(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": None}, "line 2: missing column 'chosen'"),
+        ({"rejected": "good 1"}, "line 2: 'chosen' equals 'rejected'"),
+        ({"question": "safer"}, "line 2: 'question' is 'safer', in the first row 'more_helpful'"),
+    ],
+)
+def test_a_bad_pair_is_named_with_its_field(change, message):
+    with pytest.raises(ValueError, match=message):
+        read_pairs(located([PAIRS[0], PAIRS[1] | change]))
+    with pytest.raises(ValueError, match="no rows"):
+        read_pairs([])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pairwise:openai:m@http://h/v1#prettier", "unknown question 'prettier'; add one after '#': safer,"),
+        ("pairwise:openai:m@http://h/v1#safer", "asks 'safer', but 'more_helpful' is wanted"),
+        ("pairwise:rules", r"expected pairwise:openai:MODEL@URL\[#QUESTION\]"),
+    ],
+)
+def test_a_pairwise_judge_needs_one_known_question(spec, message):
+    with pytest.raises(ValueError, match=message):
+        check(spec, located(PAIRS))
+    bare = [{k: v for k, v in PAIRS[0].items() if k != "question"}]
+    with pytest.raises(ValueError, match="no question; add one after '#'"):
+        check("pairwise:openai:m@http://h/v1", located(bare))
+
+
 def test_a_guard_cannot_say_whether_an_answer_is_a_refusal():
     with pytest.raises(ValueError, match="harmful"):
-        load_judge("guard:some/guard", "refused")
+        load_judge("guard:some/shieldgemma-2b", "refused")
 
 
 class Failing:
@@ -217,3 +321,26 @@ def test_a_check_that_is_cut_short_by_a_cap_says_so_and_gives_no_card():
     rows = [("row", {"prompt": "a?", "completion": f"b{i}", "refused": True}) for i in range(3)]
     with pytest.raises(RuntimeError, match=r"2 of 3 rows were not judged.*spending limit reached"):
         check("openai:m@http://host/v1", rows, connect=lambda spec: ask)
+
+
+def test_a_pairwise_judge_is_connected_as_told_counts_its_tokens_and_is_no_card_where_a_cap_cut_it_short():
+    asked = []
+
+    def connect(spec):
+        def ask(prompts, **kw):
+            asked.append((spec, len(prompts)))
+            cut = Completion("", "", "error", error=f"{SPENT}: ...")
+            good = Completion("", '{"verdict": "tie"}', "stop")
+            return [[cut if ask.is_capped and i == 3 else good] for i in range(len(prompts))]
+
+        ask.name, ask.is_capped, ask.usage = spec, is_capped, Tokens(7, 3)
+        return ask
+
+    spec = "pairwise:openai:m@http://host/v1#more_helpful"
+    is_capped = False
+    card = check(spec, located(PAIRS), connect=connect)
+    assert asked == [("openai:m@http://host/v1", 2 * len(PAIRS))]
+    assert card["tokens"] == {"prompt_tokens": 7, "completion_tokens": 3}
+    is_capped = True
+    with pytest.raises(RuntimeError, match=r"1 of 10 rows were not judged.*spending limit reached"):
+        check(spec, located(PAIRS), connect=connect)

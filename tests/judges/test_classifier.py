@@ -5,20 +5,15 @@ torch = pytest.importorskip("torch")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 from tempering.core.records import Completion, Prompt  # noqa: E402
 from tempering.judges import load_judge  # noqa: E402
-from tempering.judges.classifier import ClassifierJudge, GuardJudge, parse_guard  # noqa: E402
+from tempering.judges.classifier import ClassifierJudge  # noqa: E402
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "safe", "unsafe", "user", "assistant", "hello", "world", "again", ":"]
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<s>{% endif %}"
-)
 PROMPT = Prompt(({"role": "user", "content": "hello"},))
 
 
@@ -53,16 +48,6 @@ def head(tmp_path):
         return str(tmp_path), model.eval()
 
     return make
-
-
-@pytest.fixture
-def guard(tmp_path):
-    model = LlamaForCausalLM(config())
-    model.save_pretrained(tmp_path)
-    tok = tokenizer()
-    tok.chat_template = TEMPLATE
-    tok.save_pretrained(tmp_path)
-    return str(tmp_path)
 
 
 def completions(*texts):
@@ -119,7 +104,7 @@ def test_labels_that_do_not_answer_the_question_are_an_error_naming_them(head, s
 
 def test_nothing_is_loaded_before_the_first_question():
     assert load_judge("classifier:no/such-model", "harmful").identity.startswith("classifier:no/such-model")
-    assert load_judge("guard:no/such-model", "harmful").identity.startswith("guard:no/such-model")
+    assert load_judge("guard:no/wildguard", "harmful").identity.startswith("guard:no/wildguard")
 
 
 def test_failed_and_empty_completions_are_not_classified():
@@ -127,45 +112,3 @@ def test_failed_and_empty_completions_are_not_classified():
     failed, empty = judge(PROMPT, [Completion(PROMPT.id, "", "error", error="down"), *completions(" ")])
     assert failed.is_unscored
     assert empty.score == 0.0
-
-
-def test_an_untrained_guard_is_unscored_rather_than_safe(guard):
-    verdicts = GuardJudge(guard, device="cpu", max_new_tokens=3)(PROMPT, completions("world", "world again world"))
-    assert len(verdicts) == 2
-    assert all(v.is_unscored or v.label in ("safe", "unsafe") for v in verdicts)
-    assert any(v.is_unscored and "first line" in v.reason for v in verdicts)
-
-
-def test_a_guard_that_writes_unsafe_is_heard(guard, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(guard)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    model.model.embed_tokens.weight.data[:, 0] = 1.0
-    model.model.norm.weight.data.fill_(1.0)
-    model.lm_head.weight.data[WORDS.index("unsafe"), 0] = 5.0
-    model.save_pretrained(guard)
-    (verdict,) = GuardJudge(guard, device="cpu", max_new_tokens=1)(PROMPT, completions("world"))
-    assert (verdict.label, verdict.score) == ("unsafe", 1.0)
-
-
-def test_a_guard_without_a_chat_template_is_an_error(tmp_path):
-    tokenizer().save_pretrained(tmp_path)
-    LlamaForCausalLM(config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no chat template"):
-        GuardJudge(str(tmp_path), device="cpu")(PROMPT, completions("world"))
-
-
-@pytest.mark.parametrize(
-    ("reply", "score"),
-    [
-        ("safe", 0.0),
-        ("\n\nunsafe\nS1,S2", 1.0),
-        ("Unsafe", 1.0),
-        ("", None),
-        ("not unsafe", None),
-        ("safe?", None),
-        ("S1", None),
-    ],
-)
-def test_only_safe_or_unsafe_alone_on_the_first_line_counts(reply, score):
-    assert parse_guard(reply, "g").score == score

@@ -119,5 +119,5 @@ def test_an_ensemble_that_is_none_is_refused(spec, message):
 
 
 def test_a_member_that_cannot_answer_the_question_is_refused():
-    with pytest.raises(ValueError, match="a guard says whether"):
-        load_judge("ensemble:rules+guard:some/guard", "refused")
+    with pytest.raises(ValueError, match="shieldgemma says whether an answer is harmful"):
+        load_judge("ensemble:rules+guard:some/shieldgemma-2b", "refused")

@@ -1,20 +1,26 @@
-"""Judges: callables that say whether a completion is harmful, or a refusal."""
+"""Judges: callables that answer one question about a completion, or compare two of them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from tempering.core.records import Completion, Prompt, Verdict
 
 if TYPE_CHECKING:
-    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+    # Both load torch, for which `temper --help` must not wait.
+    from tempering.core.sampling import Sampler
+    from tempering.judges.pairwise import PairwiseJudge
 
-__all__ = ["Asks", "Connect", "Group", "Judge", "judge_groups", "load_judge"]
+__all__ = ["Asks", "Connect", "Group", "Judge", "judge_groups", "load_judge", "load_pairwise"]
 
-Asks = Literal["harmful", "refused"]
+Asks = Literal["harmful", "refused", "compliance", "informativeness", "deflection", "faithfulness"]
+QUESTIONS: tuple[Asks, ...] = get_args(Asks)
+"""What a judge may be asked about one completion; the words of the answers: `tempering.judges.llm.SCORES`."""
+PAIRWISE = "pairwise"
+"""The kind of judge that `load_pairwise` makes."""
 Group = tuple[Prompt, Sequence[Completion]]
 
 
@@ -38,24 +44,50 @@ Connect = Callable[[str], "Sampler"]
 
 
 def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
-    """Make a judge for one of the two questions; `connect` where an endpoint needs other settings than the default.
+    """Make a judge for one question; `connect` where an endpoint needs other settings than the default.
 
-    `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
-    `guard:MODEL_ID` (question `harmful` only); `ensemble:JUDGE+JUDGE[+...]`, the majority of some of these.
-    Models are loaded with the first question, not here.
+    `openai:MODEL@URL` (an LLM with our rubric) answers all of them; `rules`, `guard:MODEL_ID[#FORMAT]` and
+    `classifier:MODEL_ID[#LABEL[,LABEL]]` answer `harmful` and `refused` (most guards: `harmful` only);
+    `ensemble:JUDGE+JUDGE[+...]` is the majority of some of these. Models are loaded with the first question.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
     """
-    if asks not in ("harmful", "refused"):
-        raise ValueError(f"unknown question {asks!r}; a judge answers 'harmful' or 'refused'")
+    if asks not in QUESTIONS:
+        raise ValueError(f"unknown question {asks!r}; expected one of {', '.join(QUESTIONS)}")
     kind, _, rest = spec.partition(":")
+    if kind == PAIRWISE:
+        raise ValueError(f"{spec}: this judge compares two answers and says nothing of one; use openai:MODEL@URL")
     if kind not in _KINDS or (rest == "") != (kind == "rules"):
         raise ValueError(
             f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID "
             "or ensemble:JUDGE+JUDGE"
         )
     return _KINDS[kind](spec, asks, connect)
+
+
+def load_pairwise(spec: str, question: str | None = None, connect: Connect | None = None) -> PairwiseJudge:
+    """Make a judge that compares: `pairwise:openai:MODEL@URL[#QUESTION]`, where `question` is the same said apart.
+
+    `connect` is as for `load_judge`.
+
+    Raises:
+        ValueError: not of this form, no question or an unknown one, or two that differ.
+    """
+    from tempering.core.endpoint import EndpointSampler
+    from tempering.judges.pairwise import COMPARES, PairwiseJudge
+
+    found = re.fullmatch(rf"{PAIRWISE}:(openai:.+?)(?:#([^#@/]*))?", spec)
+    if not found:
+        raise ValueError(f"unknown judge {spec!r}; expected {PAIRWISE}:openai:MODEL@URL[#QUESTION]")
+    named = found[2]
+    asks = question if named is None else named
+    if asks not in COMPARES:
+        told = "no question" if asks is None else f"unknown question {asks!r}"
+        raise ValueError(f"{spec}: {told}; add one after '#': {', '.join(COMPARES)}")
+    if question not in (None, asks):
+        raise ValueError(f"{spec} asks {asks!r}, but {question!r} is wanted; name one question")
+    return PairwiseJudge((connect or EndpointSampler)(found[1]), asks)
 
 
 def judge_groups(
@@ -104,7 +136,7 @@ def require_scored(verdicts: Sequence[Verdict], max_unscored: float) -> None:
 def _rules(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.rules import RulesJudge
 
-    return RulesJudge(asks)
+    return RulesJudge(_plain(spec, asks))
 
 
 def _llm(spec: str, asks: Asks, connect: Connect | None) -> Judge:
@@ -118,15 +150,14 @@ def _classifier(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.classifier import ClassifierJudge
 
     model, _, labels = spec.partition(":")[2].partition("#")
-    return ClassifierJudge(model, asks, labels=[x.strip() for x in labels.split(",") if x.strip()])
+    return ClassifierJudge(model, _plain(spec, asks), labels=[x.strip() for x in labels.split(",") if x.strip()])
 
 
 def _guard(spec: str, asks: Asks, connect: Connect | None) -> Judge:
-    from tempering.judges.classifier import GuardJudge
+    from tempering.judges.guards import GuardJudge
 
-    if asks != "harmful":
-        raise ValueError(f"{spec}: a guard says whether an answer is harmful, not whether it is a refusal; use rules")
-    return GuardJudge(spec.partition(":")[2])
+    model, _, form = spec.partition(":")[2].partition("#")
+    return GuardJudge(model, _plain(spec, asks), form=form or None)
 
 
 def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
@@ -137,6 +168,12 @@ def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     if any(member.partition(":")[0] == "ensemble" for member in members):
         raise ValueError(f"{spec}: an ensemble of ensembles; list the judges themselves")
     return EnsembleJudge([load_judge(member, asks, connect) for member in members])
+
+
+def _plain(spec: str, asks: Asks) -> Literal["harmful", "refused"]:
+    if asks == "harmful" or asks == "refused":
+        return asks
+    raise ValueError(f"{spec} cannot say {asks!r}, only 'harmful' or 'refused'; use openai:MODEL@URL")
 
 
 _KINDS: dict[str, Callable[[str, Asks, Connect | None], Judge]] = {

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 from tempering.core.records import content_id
 from tempering.core.run import atomic_write, file_hash
-from tempering.judges import Asks
+from tempering.judges import PAIRWISE, Asks
 
 SCHEMA = 1
 FOLDER = Path("runs") / "judge-cards"
 """Where cards go unless they are told otherwise."""
 COUNTS = ("true_positives", "false_negatives", "false_positives", "true_negatives")
-QUESTIONS: tuple[Asks, ...] = ("refused", "harmful")
-_EFFORT = ("seconds", "seconds_per_answer", "tokens")
+CORRECTS: tuple[Asks, ...] = ("refused", "harmful")
+"""The questions whose rates are corrected."""
+_EFFORT = ("seconds", "seconds_per_answer", "seconds_per_pair", "tokens")
 """What a check took, which is less where a cache answers: no part of what the card says of its judge."""
 
 
@@ -65,8 +66,10 @@ def read_card(file: str | Path) -> JudgeCard:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"judge card {file}: not JSON ({error}); {remedy}") from None
-    if not isinstance(told, dict) or not isinstance(told.get("judge"), str) or told.get("asks") not in QUESTIONS:
-        raise ValueError(f"judge card {file}: expected 'judge' and 'asks' ({' or '.join(QUESTIONS)}); {remedy}")
+    if isinstance(told, dict) and told.get("kind") == PAIRWISE:
+        raise ValueError(f"judge card {file}: a pairwise judge's card, which corrects no rate; {remedy}")
+    if not isinstance(told, dict) or not isinstance(told.get("judge"), str) or told.get("asks") not in CORRECTS:
+        raise ValueError(f"judge card {file}: expected 'judge' and 'asks' ({' or '.join(CORRECTS)}); {remedy}")
     counts = told["counts"] if isinstance(told.get("counts"), dict) else {}
     numbers: dict[str, Any] = {"unscored": told.get("unscored"), **{name: counts.get(name) for name in COUNTS}}
     if not all(type(number) is int and number >= 0 for number in numbers.values()):

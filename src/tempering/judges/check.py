@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tempering.core.config import Config
 from tempering.core.endpoint import EndpointConfig, EndpointSampler
 from tempering.core.ledger import SPENT, Tokens
-from tempering.core.records import Completion, Prompt, prompt_from_row
+from tempering.core.records import Completion, Prompt, pair_from_row, prompt_from_row
 from tempering.core.stats import wilson
 from tempering.data.describe import licences_of, sha256_of
 from tempering.data.formats import at
-from tempering.judges import Asks, Connect, Judge, judge_groups, load_judge
-from tempering.judges.card import COUNTS, QUESTIONS, SCHEMA, prompt_mark
+from tempering.judges import PAIRWISE, QUESTIONS, Asks, Connect, Judge, judge_groups, load_judge, load_pairwise
+from tempering.judges.card import COUNTS, SCHEMA, prompt_mark
+
+if TYPE_CHECKING:
+    from tempering.judges.pairwise import PairwiseJudge  # loads torch
 
 
 class CheckJudgeConfig(Config):
@@ -54,6 +58,14 @@ class Labelled(NamedTuple):
     label: bool
 
 
+class LabelledPair(NamedTuple):
+    """One row of a preferred and a dispreferred answer."""
+
+    prompt: Prompt
+    chosen: Completion
+    rejected: Completion
+
+
 def check(
     judge_spec: str,
     rows: Iterable[tuple[str, Mapping[str, Any]]],
@@ -65,12 +77,16 @@ def check(
 ) -> dict[str, Any]:
     """Compare a judge with human labels; `rows` is what `tempering.data.files.read_rows(path)` yields.
 
-    Returns the card (see `card_of`). `source` says where the rows are from, for the card.
+    Returns the card (see `card_of`; of a pairwise judge: `pair_card_of`). `source` says where the rows are from.
 
     Raises:
         ValueError: naming the row and field that is missing or of the wrong type.
         RuntimeError: when no row could be scored, or an endpoint's spending limit was reached.
     """
+    if judge_spec.startswith(f"{PAIRWISE}:"):
+        question, pairs = read_pairs(rows)
+        judge = load_pairwise(judge_spec, question, connect)
+        return pair_card_of(judge, pairs, source=source, on_done=on_done)
     asks, labelled = read_labelled(rows)
     return card_of(load_judge(judge_spec, asks, connect), asks, labelled, source=source, seed=seed, on_done=on_done)
 
@@ -98,8 +114,7 @@ def card_of(
     groups = [(row.prompt, [row.completion]) for row in labelled]
     verdicts = [group[0] for group in judge_groups(judge, groups, max_unscored=1.0, on_done=on_done)]
     seconds = time.perf_counter() - started
-    if spent := [v.reason for v in verdicts if v.is_unscored and v.reason and SPENT in v.reason]:
-        raise RuntimeError(f"{len(spent)} of {len(labelled)} rows were not judged: {spent[0]}; raise the limit")
+    _require_unspent([verdict.reason for verdict in verdicts if verdict.is_unscored], len(labelled))
     counts = {(label, said): 0 for label in (True, False) for said in (True, False)}
     for row, verdict in zip(labelled, verdicts, strict=True):
         if verdict.holds is not None:
@@ -107,9 +122,9 @@ def card_of(
     n = sum(counts.values())
     if n == 0:
         raise RuntimeError(f"none of {len(labelled)} rows could be scored: {verdicts[0].reason}")
-    used: Tokens | None = getattr(judge, "usage", None)
     return {
         "schema": SCHEMA,
+        "kind": "pointwise",
         "judge": judge.identity,
         "asks": asks,
         "n": n,
@@ -126,13 +141,13 @@ def card_of(
         },
         "seconds": round(seconds, 3),
         "seconds_per_answer": round(seconds / len(labelled), 6),
-        "tokens": None if used is None else {"prompt_tokens": used.prompt, "completion_tokens": used.completion},
+        "tokens": _tokens(getattr(judge, "usage", None)),
         "data": {**(source or {}), "prompts": sorted({prompt_mark(row.prompt.text) for row in labelled})},
     }
 
 
 def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, list[Labelled]]:
-    """Read labelled rows; which of `refused` and `harmful` the first one has is the question of all.
+    """Read labelled rows; which question the first one has as a column (`refused`, ...) is the question of all.
 
     Raises:
         ValueError: naming the row and what is wrong with it.
@@ -143,8 +158,11 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
         try:
             found = [q for q in QUESTIONS if row.get(q) is not None]
             if len(found) != 1:
-                have = "both 'refused' and 'harmful'" if found else "neither 'refused' nor 'harmful'"
-                raise ValueError(f"{have}; expected one of them, true or false, which says what the judge is asked")
+                have = f"both {' and '.join(map(repr, found))}" if found else "neither 'refused' nor 'harmful'"
+                raise ValueError(
+                    f"{have}; expected one column that says what the judge is asked, true or false: "
+                    f"{', '.join(QUESTIONS)}"
+                )
             if asks is not None and found[0] != asks:
                 raise ValueError(f"has '{found[0]}', but the rows before it have '{asks}'; check one at a time")
             asks = found[0]
@@ -159,6 +177,75 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
     if asks is None:
         raise ValueError("no rows to check the judge on; expected 'prompt', 'completion' and 'refused' or 'harmful'")
     return asks, out
+
+
+def pair_card_of(
+    judge: PairwiseJudge,
+    pairs: Sequence[LabelledPair],
+    *,
+    source: Mapping[str, Any] | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask a pairwise judge about labelled pairs, each in both orders, and count.
+
+    `accuracy` is the share of the *decided* pairs on which it prefers the chosen answer; `decided` the share of the
+    scored pairs on which it prefers either (a tie, and two orders that disagree, decide nothing); read them
+    together. `position_consistency` is the share of the pairs on which both orders said the same. Intervals: Wilson.
+
+    Raises:
+        RuntimeError: when no pair could be scored, or an endpoint's spending limit was reached.
+    """
+    started = time.perf_counter()
+    compared = judge.compare_many([(row.prompt, [(row.chosen, row.rejected)]) for row in pairs], on_done)
+    seconds = time.perf_counter() - started
+    said = [preferences[0] for preferences in compared]
+    _require_unspent([preference.reason for preference in said if preference.side is None], len(said))
+    sides = Counter(preference.side for preference in said)
+    n = len(said) - sides[None]
+    if n == 0:
+        raise RuntimeError(f"none of {len(said)} pairs could be scored: {said[0].reason}")
+    agreed = Counter(preference.is_consistent for preference in said)
+    return {
+        "schema": SCHEMA,
+        "kind": PAIRWISE,
+        "judge": judge.identity,
+        "asks": judge.asks,
+        "n": n,
+        "unscored": sides[None],
+        "unscored_rate": _rate(sides[None], len(said)),
+        "counts": {"right": sides["A"], "wrong": sides["B"], "tie": sides["tie"], "orders_disagree": agreed[False]},
+        "accuracy": _rate(sides["A"], sides["A"] + sides["B"]),
+        "decided": _rate(sides["A"] + sides["B"], n),
+        "position_consistency": _rate(agreed[True], agreed[True] + agreed[False]),
+        "seconds": round(seconds, 3),
+        "seconds_per_pair": round(seconds / len(said), 6),
+        "tokens": _tokens(judge.usage),
+        "data": {**(source or {}), "prompts": sorted({prompt_mark(row.prompt.text) for row in pairs})},
+    }
+
+
+def read_pairs(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str | None, list[LabelledPair]]:
+    """Read `prompt/chosen/rejected` rows; a `question` column, where there is one, must be the same in all.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
+    questions: list[str | None] = []
+    out = []
+    for where, row in rows:
+        try:
+            pair = pair_from_row(row)
+            questions.append(None if row.get("question") is None else str(row["question"]))
+            if questions[-1] != questions[0]:
+                raise ValueError(f"'question' is {questions[-1]!r}, in the first row {questions[0]!r}; one at a time")
+        except ValueError as error:
+            raise ValueError(f"{at(where)}: {error}") from None
+        prompt = Prompt(pair.messages, category=pair.category, label=pair.label)
+        chosen, rejected = (Completion(prompt.id, text, "stop") for text in (pair.chosen, pair.rejected))
+        out.append(LabelledPair(prompt, chosen, rejected))
+    if not out:
+        raise ValueError("no rows to check the judge on; expected 'prompt', 'chosen' and 'rejected'")
+    return questions[0], out
 
 
 def cohen_kappa(counts: Mapping[tuple[bool, bool], float]) -> float | None:
@@ -177,6 +264,16 @@ def cohen_kappa(counts: Mapping[tuple[bool, bool], float]) -> float | None:
     )
     expected = label * said + (1 - label) * (1 - said)
     return None if expected == 1 else round((agreed - expected) / (1 - expected), 12)
+
+
+def _require_unspent(reasons: Iterable[str | None], n: int) -> None:
+    """Refuse to make a card of the rows that came before a spending limit."""
+    if spent := [reason for reason in reasons if reason and SPENT in reason]:
+        raise RuntimeError(f"{len(spent)} of {n} rows were not judged: {spent[0]}; raise the limit")
+
+
+def _tokens(used: Tokens | None) -> dict[str, int] | None:
+    return None if used is None else {"prompt_tokens": used.prompt, "completion_tokens": used.completion}
 
 
 def _rate(successes: int, n: int) -> dict[str, float | None]:

@@ -23,6 +23,11 @@ def fence_mark(*texts: str) -> str:
     return mark
 
 
+def enclosed(name: str, text: str, mark: str) -> str:
+    """Put a text between the marks that begin and end its place."""
+    return f"[{name} {mark}]\n{text}\n[end of {name} {mark}]"
+
+
 def defuse(text: str) -> str:
     """Break up what chat templates use as control tokens, by a space after the first character.
 
