@@ -70,8 +70,8 @@ def test_kappa_is_undefined_where_chance_agreement_is_certain():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"refused": None}, "line 2: neither 'refused' nor 'harmful'"),
-        ({"harmful": True}, "line 2: both 'refused' and 'harmful'"),
+        ({"refused": None}, "line 2: no 'refused', 'harmful' or 'toxic'"),
+        ({"harmful": True}, "line 2: 'refused' and 'harmful'; expected one"),
         ({"refused": "yes"}, "line 2: 'refused' must be true or false, got 'yes'"),
         ({"refused": 1}, "line 2: 'refused' must be true or false, got 1"),
         ({"completion": None}, "line 2: 'completion' must be text, got None"),

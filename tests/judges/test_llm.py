@@ -51,7 +51,7 @@ def test_anything_else_is_unscored_with_a_reason(reply):
     assert verdict.reason
 
 
-@pytest.mark.parametrize("asks", ["harmful", "refused"])
+@pytest.mark.parametrize("asks", ["harmful", "refused", "toxic"])
 def test_each_word_of_the_rubric_has_its_score(asks):
     for word, score in SCORES[asks].items():
         assert f"`{word}`" in rubric(asks)

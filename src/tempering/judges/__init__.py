@@ -1,16 +1,16 @@
-"""Judges: callables that say whether a completion is harmful, or a refusal."""
+"""Judges: callables that say whether a completion is harmful, a refusal, or toxic."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from tempering.core.records import Completion, Prompt, Verdict
 
 __all__ = ["Asks", "Group", "Judge", "judge_groups", "load_judge"]
 
-Asks = Literal["harmful", "refused"]
+Asks = Literal["harmful", "refused", "toxic"]
 Group = tuple[Prompt, Sequence[Completion]]
 
 
@@ -30,20 +30,22 @@ class Judge(Protocol):
 
 
 def load_judge(spec: str, asks: Asks) -> Judge:
-    """Make a judge for one of the two questions.
+    """Make a judge for one of the three questions.
 
     `rules`; `openai:MODEL@URL` (an LLM with our rubric); `classifier:MODEL_ID[#LABEL[,LABEL]]`;
-    `guard:MODEL_ID` (question `harmful` only). Models are loaded with the first question, not here.
+    `guard:MODEL_ID` (question `harmful` only); `detoxify[:VARIANT]` (question `toxic` only). Models are loaded
+    with the first question, not here.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
     """
-    if asks not in ("harmful", "refused"):
-        raise ValueError(f"unknown question {asks!r}; a judge answers 'harmful' or 'refused'")
+    if asks not in get_args(Asks):
+        raise ValueError(f"unknown question {asks!r}; a judge answers 'harmful', 'refused' or 'toxic'")
     kind, _, rest = spec.partition(":")
-    if kind not in _KINDS or (rest == "") != (kind == "rules"):
+    if kind not in _KINDS or (kind != "detoxify" and (rest == "") != (kind == "rules")):
         raise ValueError(
-            f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID or guard:MODEL_ID"
+            f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID or "
+            "detoxify[:VARIANT]"
         )
     return _KINDS[kind](spec, asks)
 
@@ -93,8 +95,9 @@ def require_scored(verdicts: Sequence[Verdict], max_unscored: float) -> None:
 
 def _rules(spec: str, asks: Asks) -> Judge:
     from tempering.judges.rules import RulesJudge
+    from tempering.judges.toxicity import ToxicityRules
 
-    return RulesJudge(asks)
+    return ToxicityRules() if asks == "toxic" else RulesJudge(asks)
 
 
 def _llm(spec: str, asks: Asks) -> Judge:
@@ -115,8 +118,16 @@ def _guard(spec: str, asks: Asks) -> Judge:
     from tempering.judges.classifier import GuardJudge
 
     if asks != "harmful":
-        raise ValueError(f"{spec}: a guard says whether an answer is harmful, not whether it is a refusal; use rules")
+        raise ValueError(f"{spec}: a guard says whether an answer is harmful, not whether it is {asks}; use rules")
     return GuardJudge(spec.partition(":")[2])
+
+
+def _detoxify(spec: str, asks: Asks) -> Judge:
+    from tempering.judges.toxicity import DetoxifyJudge
+
+    if asks != "toxic":
+        raise ValueError(f"{spec}: detoxify says whether a text is toxic, not whether it is {asks}; use rules")
+    return DetoxifyJudge(spec.partition(":")[2] or "original")
 
 
 _KINDS: dict[str, Callable[[str, Asks], Judge]] = {
@@ -124,4 +135,5 @@ _KINDS: dict[str, Callable[[str, Asks], Judge]] = {
     "openai": _llm,
     "classifier": _classifier,
     "guard": _guard,
+    "detoxify": _detoxify,
 }

@@ -13,7 +13,8 @@ from tempering.core.stats import wilson
 from tempering.data.formats import at
 from tempering.judges import Asks, judge_groups, load_judge
 
-QUESTIONS: tuple[Asks, ...] = ("refused", "harmful")
+QUESTIONS: tuple[Asks, ...] = ("refused", "harmful", "toxic")
+_NAMES = "'refused', 'harmful' or 'toxic'"
 
 
 class Labelled(NamedTuple):
@@ -68,7 +69,7 @@ def check(
 
 
 def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, list[Labelled]]:
-    """Read labelled rows; which of `refused` and `harmful` the first one has is the question of all.
+    """Read labelled rows; which of `QUESTIONS` the first one has is the question of all.
 
     Raises:
         ValueError: naming the row and what is wrong with it.
@@ -79,8 +80,8 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
         try:
             found = [q for q in QUESTIONS if row.get(q) is not None]
             if len(found) != 1:
-                have = "both 'refused' and 'harmful'" if found else "neither 'refused' nor 'harmful'"
-                raise ValueError(f"{have}; expected one of them, true or false, which says what the judge is asked")
+                have = " and ".join(map(repr, found)) if found else f"no {_NAMES}"
+                raise ValueError(f"{have}; expected one, true or false, which says what the judge is asked")
             if asks is not None and found[0] != asks:
                 raise ValueError(f"has '{found[0]}', but the rows before it have '{asks}'; check one at a time")
             asks = found[0]
@@ -93,7 +94,7 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
             raise ValueError(f"{at(where)}: {error}") from None
         out.append(Labelled(prompt, Completion(prompt.id, row["completion"], "stop"), row[asks]))
     if asks is None:
-        raise ValueError("no rows to check the judge on; expected 'prompt', 'completion' and 'refused' or 'harmful'")
+        raise ValueError(f"no rows to check the judge on; expected 'prompt', 'completion' and {_NAMES}")
     return asks, out
 
 
