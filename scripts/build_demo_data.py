@@ -48,6 +48,7 @@ EXPECTED = {
     "dev_unseen": 108,
     "dev_borderline": 100,
     "capability": 100,
+    "openings": 40,
     "templates": 12,
 }
 EXPECTED_LABELS = {"harmful": 444, "borderline": 426, "benign": 136}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tempering.core.config import Config, build
 from tempering.core.loading import Dtype
@@ -15,6 +15,9 @@ from tempering.core.progress import Advance, progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
 from tempering.core.sampling import Sampler, load_sampler
+
+if TYPE_CHECKING:
+    from tempering.evals import EvalConfig
 
 
 class EvalRunConfig(Config):
@@ -139,13 +142,15 @@ def _eval_run(reference: str, evals: list[str], config: Config, out: str | Path 
     return run
 
 
-def _require_settings(run: Run, name: str, config: Config) -> None:
+def _require_settings(run: Run, name: str, config: EvalConfig) -> None:
     """Refuse to pass off old results as those of other settings.
 
     Raises:
         ValueError: a result that is there was made with other settings.
     """
-    old, new = run.read_json(f"evals/{name}.json")["settings"], config.model_dump(mode="json")
+    from tempering.evals import settled
+
+    old, new = run.read_json(f"evals/{name}.json")["settings"], settled(name, config).model_dump(mode="json")
     for key in new:
         if key != "gate" and old.get(key, new[key]) != new[key]:
             raise ValueError(

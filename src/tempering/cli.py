@@ -100,7 +100,7 @@ def eval_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a target: harm, over_refusal, capability, separation, depth.
+    """Measure a target: harm, over_refusal, capability, toxicity, knowledge, separation, depth.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE gate.METRIC=LIMIT (exit code 3 where a limit is not met).
@@ -306,12 +306,14 @@ def data_own_answers(
 
 @judge_app.command("check")
 def judge_check(
-    judge: Annotated[str, typer.Argument(help="rules, openai:MODEL@URL, classifier:MODEL_ID or guard:MODEL_ID.")],
+    judge: Annotated[
+        str, typer.Argument(help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID or detoxify.")
+    ],
     items: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused` or `harmful` per line).
+    """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused`, `harmful` or `toxic` a line).
 
     Example: temper judge check rules data=labels.jsonl
     """

@@ -30,6 +30,7 @@ BUNDLED = (
     "harmful_heldout",
     "borderline_heldout",
     "capability",
+    "openings",
     "templates",
     "dev_harmful",
     "dev_unseen",

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
-from tempering.evals import attack_success, capability, depth, harm, over_refusal, separation
+from tempering.evals import attack_success, capability, depth, harm, knowledge, over_refusal, separation, toxicity
 from tempering.evals.capability import Scorer
 from tempering.evals.results import EvalResult, Journal, Progress, Row
-from tempering.evals.settings import EvalConfig, failed_gates
+from tempering.evals.settings import EvalConfig, failed_gates, settled
 
 if TYPE_CHECKING:
     from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
@@ -23,6 +23,8 @@ EVALS: dict[str, Callable[..., EvalResult]] = {
     "attack_success": attack_success.evaluate,
     "over_refusal": over_refusal.evaluate,
     "capability": capability.evaluate,
+    "toxicity": toxicity.evaluate,
+    "knowledge": knowledge.evaluate,
     "separation": separation.evaluate,
     "depth": depth.evaluate,
 }
@@ -50,6 +52,7 @@ def run_eval(
     """
     if name not in EVALS:
         raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
+    config = settled(name, config)
     settings = {"target": sampler.name, "settings": config.model_dump(mode="json")}
     result = EVALS[name](sampler, config, journal=_journal(run, name, settings, resume), progress=progress)
     document = {
@@ -87,4 +90,4 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
     return Journal(done, keep, str(run.root / file))
 
 
-__all__ = ["EVALS", "EvalConfig", "EvalResult", "Journal", "Scorer", "failed_gates", "run_eval"]
+__all__ = ["EVALS", "EvalConfig", "EvalResult", "Journal", "Scorer", "failed_gates", "run_eval", "settled"]
