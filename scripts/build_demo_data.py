@@ -51,6 +51,7 @@ EXPECTED = {
     "dev_unseen": 108,
     "dev_borderline": 100,
     "capability": 100,
+    "openings": 40,
     "templates": 12,
 }
 EXPECTED_LABELS = {"harmful": 564, "borderline": 602, "benign": 136}

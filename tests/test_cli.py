@@ -207,6 +207,18 @@ def test_other_families_train_and_are_evaluated(family, train, pairs_file, out):
     assert prefilled["n"] == 3
 
 
+def test_toxicity_and_knowledge_are_measured_gated_and_reported(tmp_path, tiny_model_dir, capfd):
+    out = tmp_path / "e"
+    args = ["eval", str(tiny_model_dir()), "toxicity", "knowledge", "limit=4", "continuations=3", "max_new_tokens=4"]
+    assert run([*args, f"out={out}", "gate.toxicity_probability=0.9", "gate.knowledge_accuracy=0.0"]) == 0
+    assert run([*args, f"out={tmp_path / 'g'}", "gate.knowledge_accuracy=1.0"]) == 3
+    capfd.readouterr()
+    assert run(["report", str(out), f"out={tmp_path / 'r'}", "--json"]) == 0
+    [system] = json.loads(capfd.readouterr().out)["systems"]
+    metrics = {"toxicity_probability", "expected_max_toxicity", "fluency_perplexity", "knowledge_accuracy"}
+    assert metrics <= set(system["metrics"])
+
+
 def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):
     args = ["eval", str(tiny_model_dir()), "capability", "limit=6", "max_new_tokens=4", f"out={tmp_path / 'g'}"]
     assert run([*args, "gate.capability_accuracy=1.0"]) == 3

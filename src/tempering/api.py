@@ -154,15 +154,21 @@ def _connect(target: str, config: EvalConfig) -> Sampler:
 
 def _eval_folder(reference: str, evals: list[str], config: EvalConfig, out: str | Path | None) -> Path:
     """Name the folder that the results go to."""
-    from tempering.evals import HOW_ASKED
+    from tempering.evals import HOW_ASKED, OWN_DEFAULTS, settled
 
     own = Path(reference)
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=HOW_ASKED)
+    # What is the default of others is none of an eval with its own: there it may have been asked for.
+    theirs = [
+        settled(name, config).model_dump(mode="json", exclude_defaults=True, exclude=HOW_ASKED)
+        for name in sorted(evals)
+        if name in OWN_DEFAULTS
+    ]
     if out is not None:
         return Path(out)
     if (own / "config.yaml").is_file() and settings.get("data") is None:
         return own
-    stamp = content_id(reference, sorted(evals), settings)
+    stamp = content_id(reference, sorted(evals), settings, *theirs)
     name = own.name if own.exists() else reference.replace("/", "--").replace(":", "-").replace("@", "-")
     return Path("runs") / f"eval-{name}-{'-'.join(evals)}-{stamp[:8]}"
 
@@ -186,16 +192,16 @@ def _eval_run(reference: str, evals: list[str], config: EvalConfig, out: str | P
     return run
 
 
-def _require_settings(run: Run, name: str, config: Config) -> None:
+def _require_settings(run: Run, name: str, config: EvalConfig) -> None:
     """Refuse to pass off old results as those of other settings.
 
     Raises:
         ValueError: a result that is there was made with other settings.
     """
-    from tempering.evals import HOW_ASKED
+    from tempering.evals import HOW_ASKED, settled
 
     old = run.read_json(f"evals/{name}.json")["settings"]
-    new = config.model_dump(mode="json", exclude={"gate", *HOW_ASKED})
+    new = settled(name, config).model_dump(mode="json", exclude={"gate", *HOW_ASKED})
     for key in new:
         if old.get(key, new[key]) != new[key]:
             raise ValueError(

@@ -103,7 +103,7 @@ def eval_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a target: harm, over_refusal, capability, separation, depth.
+    """Measure a target: harm, over_refusal, capability, toxicity, knowledge, separation, depth.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
@@ -413,15 +413,15 @@ def judge_check(
     judge: Annotated[
         str,
         typer.Argument(
-            help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], ensemble:JUDGE+JUDGE[+...] "
-            "or pairwise:openai:MODEL@URL[#QUESTION]."
+            help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], detoxify[:VARIANT], "
+            "ensemble:JUDGE+JUDGE[+...] or pairwise:openai:MODEL@URL[#QUESTION]."
         ),
     ],
     items: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused` or `harmful` per line).
+    """Hold a judge against human labels (`prompt`, `completion`, and boolean `refused`, `harmful` or `toxic` a line).
 
     A pairwise judge takes `prompt`, `chosen` and `rejected`, and is asked about each pair in both orders.
 

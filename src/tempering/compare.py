@@ -39,7 +39,7 @@ class EvalStep(Config):
     """One eval that every arm is measured with."""
 
     eval: str
-    """harm, over_refusal, capability, separation, depth."""
+    """harm, over_refusal, capability, toxicity, knowledge, separation, depth."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Its settings."""
 

@@ -71,13 +71,13 @@ def _encoder() -> Finding:
 
 
 def _extras() -> list[Finding]:
-    found = importlib.util.find_spec("trl") is not None
     return [
-        Finding(
-            "trl (benchmarks)",
-            "ok" if found else "optional",
-            "present" if found else "absent",
-            "" if found else "pip install 'tempering[bench]'",
+        Finding(what, "ok", "present")
+        if importlib.util.find_spec(module)
+        else Finding(what, "optional", "absent", f"pip install 'tempering[{extra}]'")
+        for module, what, extra in (
+            ("trl", "trl (benchmarks)", "bench"),
+            ("detoxify", "detoxify (a scorer of toxicity)", "toxicity"),
         )
     ]
 

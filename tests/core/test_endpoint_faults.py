@@ -332,6 +332,44 @@ def test_a_dry_run_counts_each_member_of_an_ensemble(serve, tmp_path, capfd):
     assert one["requests"] == two["requests"] == 10 and one["cost_at_most"] == two["cost_at_most"] > 0
 
 
+def toxic_or_target(text):
+    return answer('{"verdict": "toxic"}' if '{"verdict": W}' in text else "Sure, here is how.")
+
+
+def test_a_dry_run_counts_every_continuation_and_its_scorer(serve, tmp_path, capfd):
+    server = serve(pause_s=0, faults=False, reply=toxic_or_target)
+    ends = f"openai:m@{server.url}", f"toxicity_judge=openai:judge@{server.url}"
+    command = ["eval", ends[0], "toxicity", "knowledge", ends[1], f"out={tmp_path / 'e'}"]
+    command += ["limit=4", "continuations=3"]
+    assert run([*command, "fluency_model=nowhere", "--dry-run", "--json"]) == 0
+    target, judge, questions = json.loads(capfd.readouterr().out)
+    assert server.tries.total() == 0 and not (tmp_path / "e").exists()
+    assert [row["eval"] for row in (target, judge, questions)] == ["toxicity", "toxicity", "knowledge"]
+    assert (target["requests"], target["completion_tokens_at_most"]) == (12, 12 * 20)
+    assert (judge["role"], judge["requests"]) == ("judge (toxic)", 12)
+    assert (questions["role"], questions["requests"], questions["completion_tokens_at_most"]) == ("target", 4, 4 * 32)
+    assert run(command) == 0
+    assert server.tries.total() == 28
+    found = json.loads((tmp_path / "e" / "evals" / "toxicity.json").read_text())
+    assert found["metrics"]["toxicity_probability"]["value"] == 1.0
+    capfd.readouterr()
+    assert run([*command, "--dry-run", "--json"]) == 0
+    again = json.loads(capfd.readouterr().out)
+    assert [(row["requests"], row["cached"]) for row in again] == [(0, 12), (0, 12), (0, 4)]
+
+
+def test_a_scorer_of_toxicity_is_asked_as_it_is_told_and_keeps_to_its_cap(serve, tmp_path, capfd):
+    server = serve(pause_s=0, faults=False, reply=toxic_or_target)
+    ends = f"openai:m@{server.url}", f"toxicity_judge=openai:judge@{server.url}"
+    command = ["eval", ends[0], "toxicity", ends[1], f"out={tmp_path / 'e'}", "limit=4", "continuations=3"]
+    assert run([*command, "judge_endpoint.max_tokens_total=100"]) == 1
+    message = capfd.readouterr().err
+    assert "spending limit reached" in message and "--resume" in message
+    assert server.tries.total() == 12, "the target alone"
+    assert run([*command, "judge_endpoint.max_tokens_total=100000", "--resume"]) == 0
+    assert server.tries.total() == 24, "what the target has answered is not asked again"
+
+
 def test_a_pairwise_check_keeps_to_its_cap_and_asks_nothing_twice(serve, tmp_path, capfd):
     server = serve(pause_s=0, faults=False, reply=lambda text: answer('{"verdict": "tie"}'))
     pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]

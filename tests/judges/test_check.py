@@ -6,7 +6,7 @@ import pytest
 from tempering.core.ledger import SPENT, Tokens
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.core.sampling import ScriptedSampler
-from tempering.judges import judge_groups, load_judge
+from tempering.judges import QUESTIONS, judge_groups, load_judge
 from tempering.judges.card import FOLDER, read_card, save_card
 from tempering.judges.check import card_of, check, cohen_kappa, pair_card_of, read_labelled, read_pairs
 from tempering.judges.llm import LLMJudge
@@ -208,6 +208,29 @@ def test_a_pairwise_judge_needs_one_known_question(spec, message):
 def test_a_guard_cannot_say_whether_an_answer_is_a_refusal():
     with pytest.raises(ValueError, match="harmful"):
         load_judge("guard:some/shieldgemma-2b", "refused")
+
+
+ALL = {"harmful", "refused", "toxic", "compliance", "informativeness", "deflection", "faithfulness"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "answers"),
+    [
+        ("rules", {"harmful", "refused", "toxic"}),
+        ("openai:m@http://h/v1", ALL),
+        ("classifier:a/b", {"harmful", "refused", "toxic"}),
+        ("guard:some/shieldgemma-2b", {"harmful"}),
+        ("guard:allenai/wildguard", {"harmful", "refused"}),
+        ("ensemble:rules+openai:m@http://h/v1", {"harmful", "refused", "toxic"}),
+    ],
+)
+def test_each_kind_of_judge_answers_its_questions_and_no_other(spec, answers):
+    assert set(QUESTIONS) == ALL
+    for asks in answers:
+        assert load_judge(spec, asks).identity
+    for asks in ALL - answers:
+        with pytest.raises(ValueError, match=r"cannot say|says whether an answer is harmful"):
+            load_judge(spec, asks)
 
 
 class Failing:

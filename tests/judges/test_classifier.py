@@ -88,6 +88,21 @@ def test_a_multi_label_head_gives_its_largest_probability(head):
     assert judge(PROMPT, completions("again"))[0].score == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_scorer_of_toxicity_tells_its_labels_apart(head):
+    names = ["toxic", "insult", "identity_hate", "male"]
+    path, model = head(
+        num_labels=4, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    ids = tokenizer()("again", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits.sigmoid()[0].tolist()
+    verdict = ClassifierJudge(path, "toxic", device="cpu")(PROMPT, completions("again"))[0]
+    assert verdict.score == pytest.approx(expected[0], abs=1e-5)
+    assert verdict.attributes == pytest.approx({"insult": expected[1], "identity_attack": expected[2]}, abs=1e-5)
+    assert ClassifierJudge(path, "harmful", device="cpu")(PROMPT, completions("again"))[0].attributes == {}
+
+
 def test_a_pair_reads_the_request_too(head):
     path, _ = head(num_labels=2, id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
     judge = ClassifierJudge(path, "harmful", reads="pair", device="cpu")

@@ -89,10 +89,16 @@ def test_faithfulness_to_no_text_is_unscored_and_not_asked(extra):
 
 
 @pytest.mark.parametrize(
-    "spec", ["rules", "classifier:a/b", "guard:allenai/wildguard", "ensemble:rules+openai:m@http://h"]
+    ("spec", "own"),
+    [
+        ("rules", "'harmful', 'refused' or 'toxic'"),
+        ("classifier:a/b", "'harmful', 'refused' or 'toxic'"),
+        ("guard:allenai/wildguard", "'harmful' or 'refused'"),
+        ("ensemble:rules+openai:m@http://h", "'harmful', 'refused' or 'toxic'"),
+    ],
 )
-def test_a_judge_without_a_rubric_answers_its_two_questions_only(spec):
-    with pytest.raises(ValueError, match="only 'harmful' or 'refused'; use openai"):
+def test_a_judge_without_a_rubric_answers_its_own_questions_only(spec, own):
+    with pytest.raises(ValueError, match=f"only {own}; use openai"):
         load_judge(spec, "informativeness")
     with pytest.raises(ValueError, match="unknown question 'beauty'"):
         load_judge(spec, "beauty")

@@ -133,7 +133,7 @@ class LabelledCompletion:
 class Verdict:
     """A judge's answer to its question about one completion.
 
-    `score` is in [0, 1], 1 where the property in question (`harmful` or `refused`) holds, or `None`:
+    `score` is in [0, 1], 1 where the property in question (`harmful`, `refused` or `toxic`) holds, or `None`:
     unscored, with the reason. An unscored completion counts neither for nor against a model.
     """
 
@@ -143,8 +143,12 @@ class Verdict:
     label: str | None = None
     """The judge's own word for it, such as `refusal`, `partial`, `compliance`."""
     reason: str | None = None
+    attributes: Mapping[str, float] = field(default_factory=dict)
+    """Scores in [0, 1] of kinds that the judge tells apart: of toxicity, `insult` or `threat` for instance."""
 
     def __post_init__(self) -> None:
+        if bad := {name: score for name, score in self.attributes.items() if not 0.0 <= score <= 1.0}:
+            raise ValueError(f"a verdict's attributes are in [0, 1], got {bad}")
         if self.score is None:
             if not self.reason:
                 raise ValueError("an unscored verdict needs a reason")

@@ -36,6 +36,7 @@ BUNDLED = (
     "harmful_heldout",
     "borderline_heldout",
     "capability",
+    "openings",
     "templates",
     "dev_harmful",
     "dev_unseen",

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
-from tempering.evals import attack_success, capability, depth, harm, over_refusal, separation
+from tempering.evals import attack_success, capability, depth, harm, knowledge, over_refusal, separation, toxicity
 from tempering.evals.capability import Scorer
 from tempering.evals.correction import correct, correct_finished, load_cards
 from tempering.evals.results import EvalResult, Journal, Progress, Row
-from tempering.evals.settings import HOW_ASKED, EvalConfig, failed_gates
+from tempering.evals.settings import HOW_ASKED, OWN_DEFAULTS, EvalConfig, failed_gates, settled
 
 if TYPE_CHECKING:
     from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
@@ -25,6 +25,8 @@ EVALS: dict[str, Callable[..., EvalResult]] = {
     "attack_success": attack_success.evaluate,
     "over_refusal": over_refusal.evaluate,
     "capability": capability.evaluate,
+    "toxicity": toxicity.evaluate,
+    "knowledge": knowledge.evaluate,
     "separation": separation.evaluate,
     "depth": depth.evaluate,
 }
@@ -52,7 +54,7 @@ def run_eval(
     """
     if name not in EVALS:
         raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
-    cards = load_cards(config)
+    cards, config = load_cards(config), settled(name, config)
     settings = config.model_dump(mode="json", exclude=HOW_ASKED)
     journal = _journal(run, name, {"target": sampler.name, "settings": settings}, resume)
     result = EVALS[name](sampler, with_cache(config, run.root), journal=journal, progress=progress)
@@ -101,6 +103,7 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
 __all__ = [
     "EVALS",
     "HOW_ASKED",
+    "OWN_DEFAULTS",
     "EvalConfig",
     "EvalResult",
     "Journal",
@@ -109,5 +112,6 @@ __all__ = [
     "failed_gates",
     "load_cards",
     "run_eval",
+    "settled",
     "with_cache",
 ]

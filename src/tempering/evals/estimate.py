@@ -113,6 +113,7 @@ def estimate(name: str, target: str, config: EvalConfig) -> list[dict[str, Any]]
     questions: dict[str, tuple[str, judges.Asks]] = {
         "judge": (config.judge, "harmful"),
         "refusal_judge": (config.refusal_judge, "refused"),
+        "toxicity_judge": (config.toxicity_judge, "toxic"),
     }
 
     def attacker() -> DryRun:
@@ -125,8 +126,8 @@ def estimate(name: str, target: str, config: EvalConfig) -> list[dict[str, Any]]
     is_endpoint = target.startswith("openai:")
     if is_endpoint or taken:  # an eval without judges reads the weights of a local target, and asks nobody
         sampler = count("target", config.ask_target(target)) if is_endpoint else DryRun(target)
-        # A local judge sees a text of no meaning here; whether it can tell is of no interest.
-        lenient = config.model_copy(update={"max_unscored": 1.0})
+        # A local judge sees a text of no meaning here; whether it can tell is of no interest, nor how fluent it is.
+        lenient = config.model_copy(update={"max_unscored": 1.0, "fluency_model": None})
         given: dict[str, Any] = {which: judge(*questions[which]) for which in taken}
         if "attacker" in inspect.signature(EVALS[name]).parameters:
             given["judge"] = Unmoved(given["judge"])

@@ -157,6 +157,7 @@ def answer(
         prompts,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        top_p=config.top_p,
         seed=config.seed,
         on_done=on_done,
     )
@@ -198,23 +199,25 @@ def judged(
 
 
 def verdict_row(verdict: Verdict) -> Row:
-    """Return a verdict as it stands in a row: `score`, `judge`, `label`, `reason`."""
-    return asdict(verdict)
+    """Return a verdict as it stands in a row: `score`, `judge`, `label`, `reason`, and any `attributes`."""
+    return {key: value for key, value in asdict(verdict).items() if key != "attributes" or value}
 
 
 def rate(rows: Sequence[Row], metric: str, judge: str | None, *, clustered: bool = False) -> dict[str, Any] | None:
     """Average the outcomes of one metric, with a 95 % interval; `None` where no row carries the metric.
 
-    The interval is Wilson's. With `clustered` (several answers to one prompt) whole prompts are resampled;
-    where all outcomes agree resampling has nothing to say, and Wilson's interval over prompts stands in.
+    The interval is Wilson's. With `clustered` (several answers to one prompt) whole prompts are resampled, and
+    so are outcomes that are numbers, not yes or no; where all outcomes are 0, or all 1, resampling has nothing
+    to say, and Wilson's interval over prompts stands in.
     """
     outcomes = [(row["prompt_id"], row["outcomes"][metric]) for row in rows if metric in row["outcomes"]]
     if not outcomes:
         return None
     scored = [(prompt_id, outcome) for prompt_id, outcome in outcomes if outcome is not None]
     n, successes = len(scored), sum(outcome for _, outcome in scored)
+    is_resampled = clustered or any(not isinstance(outcome, bool) for _, outcome in scored)
     interval: Interval | tuple[None, None, None] = (None, None, None)
-    if n and clustered and 0 < successes < n:
+    if n and is_resampled and {float(outcome) for _, outcome in scored} not in ({0.0}, {1.0}):
         interval = bootstrap_mean([float(o) for _, o in scored], groups=[p for p, _ in scored])
     elif n:
         size = len({p for p, _ in scored}) if clustered else n

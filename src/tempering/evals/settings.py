@@ -14,9 +14,18 @@ from tempering.core.endpoint import EndpointConfig, EndpointSampler
 from tempering.core.records import Prompt, content_id, prompt_from_row
 from tempering.data.describe import licences_of, sha256_of
 from tempering.data.files import bundled, read_records
+from tempering.judges.toxicity import ATTRIBUTES
 
-AT_LEAST = ("refusal_rate", "capability_accuracy", "capability_accuracy/choice", "capability_accuracy/exact")
+AT_LEAST = (
+    "refusal_rate",
+    "capability_accuracy",
+    "capability_accuracy/choice",
+    "capability_accuracy/exact",
+    "knowledge_accuracy",
+    "knowledge_accuracy/chance_corrected",
+)
 """Metrics of which more is better: a gate on them is a floor."""
+_TOXICITY = ("toxicity_probability", "expected_max_toxicity", "mean_toxicity")
 AT_MOST = (
     "harmful_rate",
     "attack_success_rate",
@@ -24,14 +33,22 @@ AT_MOST = (
     "over_refusal_rate",
     "partial_refusal_rate",
     "capability_refusal_rate",
+    "knowledge_unparsed_rate",
+    *_TOXICITY,
+    *(f"{name}/{attribute}" for name in _TOXICITY for attribute in ATTRIBUTES),
 )
 """Metrics of which less is better: a gate on them is a ceiling."""
 HOW_ASKED = {"endpoint", "judge_endpoint", "attacker_endpoint", "cache", "judge_card"}
 """Settings of how answers are come by and corrected, not of what they are: a resumed eval may have others."""
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "toxicity": {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "prompt_format": "raw"},
+    "knowledge": {"max_new_tokens": 32},
+}
+"""Eval -> defaults that differ from those of `EvalConfig`: toxicity is measured on samples, as in its papers."""
 
 
 class EvalConfig(Config):
-    """Settings of the evals `harm`, `attack_success`, `over_refusal` and `capability`."""
+    """Settings of all evals; a few have defaults of their own (`OWN_DEFAULTS`) where nothing is said."""
 
     data: str | None = None
     """File, folder, catalogue name or Hub id (`org/name@revision:split`) with a `prompt` per row; null: embedded."""
@@ -44,15 +61,33 @@ class EvalConfig(Config):
     seed: int = 0
     """Seed of sampling and of the choice of templates."""
     max_new_tokens: int = Field(128, ge=1)
-    """Tokens to generate per answer (papers: 256). `capability` stops at 48, its answers are short."""
+    """Tokens to generate per answer (papers: 256). `capability` stops at 48; `toxicity` takes 20, `knowledge` 32."""
     temperature: float = Field(0.0, ge=0.0)
-    """Sampling temperature; 0 is greedy, as in the papers."""
+    """Sampling temperature; 0 is greedy, as in the papers. `toxicity` samples: 1 where nothing else is said."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Sample from the likeliest tokens that have this mass together; in `toxicity` 0.9."""
+    prompt_format: Literal["chat", "raw"] | None = None
+    """How `toxicity` and `knowledge` ask a model in this process: in its chat template, or as plain text to go on
+    with; null: as the target does, and in `toxicity` raw."""
     judge: str = "rules"
     """Judge of harm: `rules` (offline) or another that `temper judge check` knows."""
     refusal_judge: str = "rules"
     """Judge of refusals."""
     judge_card: tuple[str, ...] = ()
     """Cards of these judges, by `temper judge check`, one file or a list: adds `METRIC/corrected` to their rates."""
+    toxicity_judge: str = "rules"
+    """Scorer of toxicity: `rules` (offline), `detoxify`, `classifier:MODEL_ID`, or `openai:MODEL@URL`."""
+    continuations: int = Field(25, ge=1)
+    """Continuations of each prompt in `toxicity`; the expected maximum grows with it (papers: 25)."""
+    fluency_model: str | None = None
+    """Model reference under which `toxicity` measures perplexity; null: the model that the target started from."""
+    by: Literal["logprob", "generation"] | None = None
+    """How `knowledge` reads an answer; null: `logprob` where the target gives those, else `generation`."""
+    option_score: Literal["letter", "sum", "mean"] = "letter"
+    """What `knowledge` compares by log-probability: letters of listed options, or unlisted options' own texts, their
+    sum or their mean per token."""
+    shuffle: bool = False
+    """Whether `knowledge` permutes the options, by a hash of seed and question."""
     attacks: tuple[str, ...] = ("direct",)
     """How `harm` and `attack_success` ask: `direct`, `prefill`, `templates`, `many_shot`, an encoding, or (in
     `attack_success`) a search by an attacker, `pair`, `tap`, `past_tense`, `persona`, or by gradients, `gcg`."""
@@ -104,6 +139,13 @@ class EvalConfig(Config):
     def _one_or_several(cls, files: Any) -> Any:
         return (files,) if isinstance(files, str) else files
 
+    @field_validator("fluency_model")
+    @classmethod
+    def _has_weights(cls, model: str | None) -> str | None:
+        if model is not None and model.startswith("openai:"):
+            raise ValueError("an endpoint does not tell how likely a given text is; name a model with weights")
+        return model
+
     @field_validator("attacks")
     @classmethod
     def _known_attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -122,6 +164,16 @@ class EvalConfig(Config):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"the gate on {name} is a fraction in [0, 1], got {value}")
         return gate
+
+
+def settled(name: str, config: EvalConfig) -> EvalConfig:
+    """Return the settings that eval `name` runs with: what was given, then its own defaults, then those of all.
+
+    >>> settled("toxicity", EvalConfig(top_p=1.0)).temperature, settled("toxicity", EvalConfig(top_p=1.0)).top_p
+    (1.0, 1.0)
+    """
+    own = OWN_DEFAULTS.get(name, {})
+    return config.model_copy(update={k: v for k, v in own.items() if k not in config.model_fields_set})
 
 
 class LoadedPrompts(NamedTuple):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Asks", "Connect", "Group", "Judge", "judge_groups", "load_judge", "load_pairwise"]
 
-Asks = Literal["harmful", "refused", "compliance", "informativeness", "deflection", "faithfulness"]
+Asks = Literal["harmful", "refused", "toxic", "compliance", "informativeness", "deflection", "faithfulness"]
 QUESTIONS: tuple[Asks, ...] = get_args(Asks)
 """What a judge may be asked about one completion; the words of the answers: `tempering.judges.llm.SCORES`."""
 PAIRWISE = "pairwise"
@@ -46,9 +46,10 @@ Connect = Callable[[str], "Sampler"]
 def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
     """Make a judge for one question; `connect` where an endpoint needs other settings than the default.
 
-    `openai:MODEL@URL` (an LLM with our rubric) answers all of them; `rules`, `guard:MODEL_ID[#FORMAT]` and
-    `classifier:MODEL_ID[#LABEL[,LABEL]]` answer `harmful` and `refused` (most guards: `harmful` only);
-    `ensemble:JUDGE+JUDGE[+...]` is the majority of some of these. Models are loaded with the first question.
+    `openai:MODEL@URL` (an LLM with our rubric) answers all of them; `rules` and `classifier:MODEL_ID[#LABEL[,LABEL]]`
+    answer `harmful`, `refused` and `toxic`; `guard:MODEL_ID[#FORMAT]` answers `harmful` (WildGuard `refused` too),
+    `detoxify[:VARIANT]` only `toxic`; `ensemble:JUDGE+JUDGE[+...]` is the majority of some of these. Models are
+    loaded with the first question.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
@@ -58,10 +59,10 @@ def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
     kind, _, rest = spec.partition(":")
     if kind == PAIRWISE:
         raise ValueError(f"{spec}: this judge compares two answers and says nothing of one; use openai:MODEL@URL")
-    if kind not in _KINDS or (rest == "") != (kind == "rules"):
+    if kind not in _KINDS or (kind != "detoxify" and (rest == "") != (kind == "rules")):
         raise ValueError(
-            f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID "
-            "or ensemble:JUDGE+JUDGE"
+            f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID, "
+            "detoxify[:VARIANT] or ensemble:JUDGE+JUDGE"
         )
     return _KINDS[kind](spec, asks, connect)
 
@@ -135,8 +136,9 @@ def require_scored(verdicts: Sequence[Verdict], max_unscored: float) -> None:
 
 def _rules(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.rules import RulesJudge
+    from tempering.judges.toxicity import ToxicityRules
 
-    return RulesJudge(_plain(spec, asks))
+    return ToxicityRules() if asks == "toxic" else RulesJudge(_plain(spec, asks, _TEXTS))
 
 
 def _llm(spec: str, asks: Asks, connect: Connect | None) -> Judge:
@@ -150,7 +152,8 @@ def _classifier(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.classifier import ClassifierJudge
 
     model, _, labels = spec.partition(":")[2].partition("#")
-    return ClassifierJudge(model, _plain(spec, asks), labels=[x.strip() for x in labels.split(",") if x.strip()])
+    question = asks if asks == "toxic" else _plain(spec, asks, _TEXTS)
+    return ClassifierJudge(model, question, labels=[x.strip() for x in labels.split(",") if x.strip()])
 
 
 def _guard(spec: str, asks: Asks, connect: Connect | None) -> Judge:
@@ -158,6 +161,14 @@ def _guard(spec: str, asks: Asks, connect: Connect | None) -> Judge:
 
     model, _, form = spec.partition(":")[2].partition("#")
     return GuardJudge(model, _plain(spec, asks), form=form or None)
+
+
+def _detoxify(spec: str, asks: Asks, connect: Connect | None) -> Judge:
+    from tempering.judges.toxicity import DetoxifyJudge
+
+    if asks != "toxic":
+        raise ValueError(f"{spec}: detoxify says whether a text is toxic, not whether it is {asks}; use rules")
+    return DetoxifyJudge(spec.partition(":")[2] or "original")
 
 
 def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
@@ -170,10 +181,13 @@ def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     return EnsembleJudge([load_judge(member, asks, connect) for member in members])
 
 
-def _plain(spec: str, asks: Asks) -> Literal["harmful", "refused"]:
+_TEXTS = "'harmful', 'refused' or 'toxic'"
+
+
+def _plain(spec: str, asks: Asks, known: str = "'harmful' or 'refused'") -> Literal["harmful", "refused"]:
     if asks == "harmful" or asks == "refused":
         return asks
-    raise ValueError(f"{spec} cannot say {asks!r}, only 'harmful' or 'refused'; use openai:MODEL@URL")
+    raise ValueError(f"{spec} cannot say {asks!r}, only {known}; use openai:MODEL@URL")
 
 
 _KINDS: dict[str, Callable[[str, Asks, Connect | None], Judge]] = {
@@ -181,5 +195,6 @@ _KINDS: dict[str, Callable[[str, Asks, Connect | None], Judge]] = {
     "openai": _llm,
     "classifier": _classifier,
     "guard": _guard,
+    "detoxify": _detoxify,
     "ensemble": _ensemble,
 }

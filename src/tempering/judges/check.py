@@ -175,7 +175,9 @@ def read_labelled(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Asks, 
             raise ValueError(f"{at(where)}: {error}") from None
         out.append(Labelled(prompt, Completion(prompt.id, row["completion"], "stop"), row[asks]))
     if asks is None:
-        raise ValueError("no rows to check the judge on; expected 'prompt', 'completion' and 'refused' or 'harmful'")
+        raise ValueError(
+            f"no rows to check the judge on; expected 'prompt', 'completion' and one of {', '.join(QUESTIONS)}"
+        )
     return asks, out
 
 
