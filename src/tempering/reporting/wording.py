@@ -53,8 +53,8 @@ def main_system(systems: Sequence[System]) -> System | None:
 def show(metric: str, value: float | None, *, is_signed: bool = False) -> str:
     """Write a value for people: fractions in percent.
 
-    >>> show("harmful_rate", 0.116), show("harmful_rate", 0.004), show("kl_initial", 12.345)
-    ('12 %', '0.4 %', '12.3')
+    >>> show("harmful_rate", 0.116), show("harmful_rate", 0.004), show("kl_initial", 12.345), show("kl_initial", -0.0)
+    ('12 %', '0.4 %', '12.3', '0')
     """
     if value is None:
         return "–"
@@ -64,6 +64,8 @@ def show(metric: str, value: float | None, *, is_signed: bool = False) -> str:
         text = f"{value:.{digits}f}"
     else:
         unit, text = "", f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.2e}"
+    if float(text) == 0:
+        return text.removeprefix("-") + unit
     sign = "+" if is_signed and value > 0 else ""
     return (sign + text).replace("-", "−") + unit
 
