@@ -352,6 +352,24 @@ def test_a_server_that_never_told_the_truth_is_asked_once(serve):
     assert len(server.bodies) == 5
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_equal_questions_of_one_call_are_asked_once_and_answered_each(serve, tmp_path, is_kept):
+    """Three texts among six prompts; n=2 samples differ by their seed, so six requests."""
+    server = serve(lambda b, c: reply(b["messages"][0]["content"]))
+    ask = sampler(server, cache=tmp_path if is_kept else None)
+    six, done = prompts(3) * 2, []
+    groups = ask(six, n=2, on_done=done.append)
+    assert [[c.text for c in group] for group in groups] == [[f"question {i % 3}"] * 2 for i in range(6)]
+    assert [[c.index for c in group] for group in groups] == [[0, 1]] * 6
+    assert len(server.bodies) == 6 and sum(done) == 6
+
+
+def test_a_failure_is_told_to_every_equal_question(serve):
+    server = serve(lambda b, c: (404, "gone", {}))
+    assert [g[0].error for g in sampler(server)(prompts(1) * 3)] == ["HTTP 404: gone"] * 3
+    assert len(server.bodies) == 1
+
+
 def test_half_a_surrogate_pair_is_sent_and_received(serve):
     server = serve(lambda b, c: reply(b["messages"][0]["content"]))
     assert sampler(server)([Prompt(({"role": "user", "content": "a\ud83d"},))])[0][0].text == "a\ud83d"

@@ -173,7 +173,7 @@ class EndpointSampler:
     A failed sample is a completion with `finish == "error"` and the reason. Connection errors, timeouts, 429,
     5xx and, from a server that has answered before, replies that hold no answer are retried with exponential
     backoff (full jitter, or what `Retry-After` says); other statuses are final. With `cache`, a folder, what is
-    answered there is not asked again. Each sample is sent a seed of its own, derived from `seed`, prompt and
+    answered there is not asked again; equal requests of one call are one request. Each sample is sent a seed of its own, derived from `seed`, prompt and
     index; whether the server honours it, and whether it continues a last turn by the assistant (a prefill) or
     answers it, is the server's decision. The key is read at each call and is in no attribute, message or file.
     """
@@ -221,28 +221,30 @@ class EndpointSampler:
         stop = threading.Event()
         key = _key(self.config.api_key_env)
 
-        def keep(request: Request, answer: Answer) -> None:
-            group = groups[request.place]
-            group.append(completion(request, answer))
-            if on_done and len(group) == n:
-                on_done(1)
+        def keep(requests: Sequence[Request], answer: Answer) -> None:
+            for request in requests:
+                group = groups[request.place]
+                group.append(completion(request, answer))
+                if on_done and len(group) == n:
+                    on_done(1)
 
-        todo = []
+        equal: dict[str, list[Request]] = {}  # two prompts may be one question: it is asked once
         self.ledger.read()
         self._has_answered |= bool(self.ledger.answers)
         for request in self.requests(prompts, n, max_new_tokens, temperature, top_p, seed):
             known = self.ledger.answers.get(request.key)
             if known is None:
-                todo.append(request)
+                equal.setdefault(request.key, []).append(request)
             else:
-                keep(request, known)
+                keep([request], known)
+        todo = list(equal.values())
         with self._client(key) as client:
             if todo and not self._is_reached:
-                request = todo.pop(0)
-                keep(request, self._ask(client, request, key, stop, is_first=True))
+                first = todo.pop(0)
+                keep(first, self._ask(client, first[0], key, stop, is_first=True))
                 self._is_reached = True
             with ThreadPoolExecutor(max_workers=self.config.concurrency) as pool:
-                futures = {pool.submit(self._ask, client, request, key, stop): request for request in todo}
+                futures = {pool.submit(self._ask, client, same[0], key, stop): same for same in todo}
                 try:
                     for future in as_completed(futures):
                         keep(futures[future], future.result())

@@ -47,6 +47,7 @@ class DryRun:
                 [Completion(p.id, _longest(p, i, max_new_tokens), "length", i) for i in range(n)] for p in prompts
             ]
         groups: list[list[Completion]] = [[] for _ in prompts]
+        counted: set[str] = set()
         self.endpoint.ledger.read()
         for request in self.endpoint.requests(prompts, n, max_new_tokens, temperature, top_p, seed):
             known = self.endpoint.ledger.answers.get(request.key)
@@ -54,7 +55,8 @@ class DryRun:
             groups[request.place].append(completion(request, known or Answer(text, "length")))
             if known:
                 self.cached += 1
-            else:
+            elif request.key not in counted:  # equal requests of one call are asked once
+                counted.add(request.key)
                 self.requests += 1
                 self.tokens = self.tokens.plus(tokens_about(request.body["messages"], max_new_tokens))
         return groups
