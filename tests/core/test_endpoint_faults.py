@@ -367,7 +367,7 @@ def test_a_scorer_of_toxicity_is_asked_as_it_is_told_and_keeps_to_its_cap(serve,
     assert "spending limit reached" in message and "--resume" in message
     assert server.tries.total() == 12, "the target alone"
     assert run([*command, "judge_endpoint.max_tokens_total=100000", "--resume"]) == 0
-    assert server.tries.total() == 24, "what the target has answered is not asked again"
+    assert server.tries.total() == 12 + 4, "no target is asked again, and the judge once of the three equal texts"
 
 
 def test_a_pairwise_check_keeps_to_its_cap_and_asks_nothing_twice(serve, tmp_path, capfd):
