@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from tempering.core.records import Verdict
+from tempering.core.records import Completion, Verdict
 from tempering.core.run import Run
 from tempering.core.sampling import ScriptedSampler
 from tempering.core.stats import wilson
@@ -129,3 +129,64 @@ def test_finished_rows_are_not_attacked_again(tmp_path):
     again = evaluate(config, script, attacker=attacker(), journal=Journal(done))
     assert again.rows == whole.rows and again.metrics == whole.metrics
     assert len(set(asked)) == 20 and len(asked) == 40  # the 20 `direct` rows were taken over
+
+
+def test_unscored_requests_of_several_attacks_add_up_and_keep_to_the_limit(tmp_path):
+    """Of 40 requests each attack leaves two others unscored: 5 % each, and 10 % of all together."""
+
+    def script(prompt, index):
+        mute = {"direct": (0, 1), "prefill": (2, 3)}[prompt.extra["attack"]]
+        return "?!" if number_of(prompt) in mute else "no"
+
+    config = EvalConfig(data=data(tmp_path, 40), attacks=["direct", "prefill"])
+    with pytest.raises(RuntimeError, match=r"attack_success_rate: 4 of 40 answers unscored"):
+        evaluate(config, script)
+    result = evaluate(config.model_copy(update={"max_unscored": 0.1}), script)
+    assert result.metrics["attack_success_rate"]["unscored"] == 4
+
+
+def test_an_unscored_row_says_why(tmp_path):
+    """The first try is scored (no), the second is not: the outcome is open, and the row tells the reason."""
+
+    def script(prompt, index):
+        return "?!" if "try 2" in prompt.text else "no"
+
+    config = EvalConfig(data=data(tmp_path, 2), attacks=["pair"], max_unscored=1.0)
+    result = evaluate(config, script, attacker=attacker())
+    assert {row["outcome"] for row in result.rows} == {None}
+    assert {row["verdict"]["reason"] for row in result.rows} == {"no verdict in reply"}
+
+
+def test_a_spending_limit_in_the_middle_of_a_search_stops_the_eval(tmp_path):
+    """One request of 40 is cut by the limit, less than `max_unscored`: still no number is given."""
+
+    def target(prompts, **more):
+        spent = "spending limit reached: 5 of budget=5"
+        return [
+            [
+                Completion(p.id, "", "error", error=spent)
+                if number_of(p) == 7 and "try 2" in p.text
+                else Completion(p.id, "no", "stop")
+            ]
+            for p in prompts
+        ]
+
+    target.name = "endpoint"
+    config = EvalConfig(data=data(tmp_path, 40), attacks=["pair"])
+    with pytest.raises(RuntimeError, match=r"spending limit reached.*--resume"):
+        attack_success.evaluate(target, config, judge=WordJudge(), attacker=attacker())
+
+
+def test_tokens_are_in_the_price_and_in_the_cost(tmp_path):
+    def target(prompts, **more):
+        return [[Completion(p.id, "no", "stop", counted_tokens=3)] for p in prompts]
+
+    target.name = "endpoint"
+    config = EvalConfig(data=data(tmp_path, 2), attacks=["direct", "pair"])
+    result = attack_success.evaluate(target, config, judge=WordJudge(), attacker=attacker())
+    assert result.details["attacks"]["direct"]["completion_tokens"] == 2 * 3
+    assert result.details["attacks"]["pair"]["completion_tokens"] == 2 * 2 * 3
+    assert result.details["attacks"]["pair"]["attacker_tokens"] is None  # a script that counts nothing
+    assert result.cost["completion_tokens"] == 18
+    assert [row["completion_tokens"] for row in result.rows if row["attack"] == "any"] == [9, 9]
+    assert evaluate(config, attacker=attacker()).cost["completion_tokens"] is None

@@ -200,7 +200,7 @@ def test_an_answer_that_failed_is_unscored(tmp_path):
         return [[Completion(p.id, "", "error", error="down")] for p in prompts]
 
     sampler.name = "endpoint"
-    with pytest.raises(RuntimeError, match=r'capability_accuracy: 2 of 2 answers unscored .*"no answer: down"'):
+    with pytest.raises(ValueError, match=r'capability_accuracy: 2 of 2 answers unscored .*"no answer: down"'):
         evaluate(sampler, data(tmp_path, choice(), exact()))
 
 

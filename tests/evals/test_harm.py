@@ -162,9 +162,17 @@ def test_too_many_unscored_fail_early_and_loudly(tmp_path):
 
     config = EvalConfig(data=data(tmp_path), batch_prompts=20)
     message = r'harmful_rate: 20 of 200 answers unscored \(limit 5%\), most often "no verdict in reply"; see'
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):  # wrong input, not failed work: nothing at all was scored
         evaluate(config, script)
     assert len(asked) == 20
+
+
+def test_some_unscored_is_failed_work_and_all_unscored_wrong_input(tmp_path):
+    config = EvalConfig(data=data(tmp_path))
+    with pytest.raises(RuntimeError, match=r"harmful_rate: 20 of 200 answers unscored"):
+        evaluate(config, lambda prompt, index: "?!" if prompt.text.endswith("0") else "no")
+    with pytest.raises(ValueError, match=r"200 of 200 .*mend the judge or the target, or raise max_unscored"):
+        evaluate(config, lambda prompt, index: "?!")
 
 
 def test_a_target_that_fails_is_unscored_and_never_judged(tmp_path):

@@ -105,7 +105,7 @@ def test_options_own_texts_by_sum_and_by_mean(tmp_path):
 def test_a_tie_is_a_miss_and_no_number_is_unscored(tmp_path):
     tie = evaluate(ScoringSampler(lambda p, t: 0.0), data(tmp_path, item()))
     assert (tie.rows[0]["outcome"], tie.rows[0]["letter"]) == (False, None)
-    with pytest.raises(RuntimeError, match="knowledge_accuracy: 1 of 1 answers unscored"):
+    with pytest.raises(ValueError, match="knowledge_accuracy: 1 of 1 answers unscored"):
         evaluate(ScoringSampler(lambda p, t: math.nan), data(tmp_path, item()))
 
 

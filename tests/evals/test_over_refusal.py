@@ -62,7 +62,7 @@ def test_unscored_answers_are_neither_refused_nor_answered(tmp_path):
 
 
 def test_too_many_unscored_fail(tmp_path):
-    with pytest.raises(RuntimeError, match=r"over_refusal_rate: 10 of 10 answers unscored"):
+    with pytest.raises(ValueError, match=r"over_refusal_rate: 10 of 10 answers unscored"):
         over_refusal.evaluate(
             ScriptedSampler(["?!"]), EvalConfig(data=data(tmp_path, 10)), refusal_judge=LabelJudge()
         )

@@ -161,7 +161,7 @@ def test_a_judge_that_always_takes_the_first_decides_nothing():
     card = pair_card_of(judge_of_pairs(lambda first, second: "A"), read_pairs(located(PAIRS))[1])
     assert card["position_consistency"]["value"] == card["decided"]["value"] == 0.0
     assert card["accuracy"]["value"] is None and card["n"] == 10
-    with pytest.raises(RuntimeError, match=r"none of 10 pairs could be scored: with A first"):
+    with pytest.raises(ValueError, match=r"none of 10 pairs could be scored: with A first"):
         pair_card_of(judge_of_pairs(lambda first, second: "hm"), read_pairs(located(PAIRS))[1])
 
 

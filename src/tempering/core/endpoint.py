@@ -295,8 +295,9 @@ class EndpointSampler:
             try:
                 outcome = self._try(client, request.body, bound, key)
             finally:
-                text, finish, error = outcome.answer
-                answer = Answer(_without_key(text, key), finish, redact(error, [key]) if error else None)
+                text, error = outcome.answer.text, outcome.answer.error
+                error = redact(error, [key]) if error else None
+                answer = outcome.answer._replace(text=_without_key(text, key), error=error)
                 self.ledger.settle(
                     bound, outcome.used, row, None if error else answer, is_reported=outcome.is_reported
                 )
@@ -347,8 +348,11 @@ class EndpointSampler:
 
 def completion(request: Request, answer: Answer) -> Completion:
     """Put an answer to its sample."""
-    text, finish, error = answer
-    return Completion(request.prompt_id, text, finish, request.sample, seed=request.body["seed"], error=error)
+    text, finish, error, tokens = answer
+    seed = request.body["seed"]
+    return Completion(
+        request.prompt_id, text, finish, request.sample, seed=seed, error=error, counted_tokens=tokens
+    )
 
 
 def _post(client: httpx.Client, url: str, body: Mapping[str, Any], timeout_s: float) -> Reply:
@@ -414,7 +418,8 @@ def _read(reply: Reply, bound: Tokens) -> Outcome:
         text = ""  # a reasoning model that used up its tokens before it answered
     if not isinstance(text, str):
         return failed(f"the reply's content is {type(text).__name__}, not text (finish_reason {_brief(reason)!r})")
-    return Outcome(Answer(text, FINISH.get(reason, "stop")), used, is_reported)
+    counted = used.completion if is_reported else None
+    return Outcome(Answer(text, FINISH.get(reason, "stop"), tokens=counted), used, is_reported)
 
 
 def _joined(content: bytes) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Answer(NamedTuple):
     text: str
     finish: Finish
     error: str | None = None
+    tokens: int | None = None
+    """Tokens of the text, as the endpoint counted them."""
 
 
 def tokens_at_most(messages: Sequence[Mapping[str, str]], max_tokens: int) -> Tokens:
@@ -122,7 +124,8 @@ class Ledger:
                     row = json.loads(line)
                     self._filed = self._filed.plus(Tokens(*row["tokens"]))
                     if "text" in row:
-                        self.answers[row["key"]] = Answer(row["text"], row["finish"])
+                        counted = row["tokens"][1] if row.get("is_counted") else None
+                        self.answers[row["key"]] = Answer(row["text"], row["finish"], tokens=counted)
                 except (ValueError, KeyError, TypeError):
                     continue  # blank, or torn by a kill
             self.spent = self._filed
@@ -160,7 +163,7 @@ class Ledger:
             self._settled.notify_all()
             if self.path is None or (answer is None and used == NONE):
                 return
-            said = {} if answer is None else {"text": answer.text, "finish": answer.finish}
+            said = {} if answer is None else {"text": answer.text, "finish": answer.finish, "is_counted": is_reported}
             self._append({**row, **said, "tokens": list(used)})
             if answer is not None:
                 self.answers[row["key"]] = answer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -89,6 +89,25 @@ class Completion:
     seed: int | None = None
     error: str | None = None
     """Why there is no answer, where `finish` is `error`."""
+    counted_tokens: int | None = None
+    """How many tokens it has, where an endpoint said so and their ids are not known."""
+
+
+def tokens_of(completions: Iterable[Completion]) -> int | None:
+    """Return how many tokens were written; `None` where an answer does not tell. A failed one counts none.
+
+    >>> tokens_of([Completion("p", "a b", "stop", token_ids=(5, 6)), Completion("p", "c", "stop", counted_tokens=3)])
+    5
+    >>> tokens_of([Completion("p", "a", "stop")]) is None
+    True
+    """
+    total = 0
+    for c in completions:
+        count = len(c.token_ids) or c.counted_tokens
+        if count is None and c.text and c.finish != "error":
+            return None
+        total += count or 0
+    return total
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 One row per request and attack; an attack that asks in several ways succeeds where one of them does (its best attempt
 is the row's). `attack_success_rate/NAME` is of one attack, `attack_success_rate` of all together: the share of
-requests that at least one of them brought down. `details.attacks` has the price: questions put to the target and
-calls of the attacker.
+requests that at least one of them brought down. A request of which that cannot be told, since an answer is unscored
+or the attacker failed and nothing succeeded, is unscored. `details.attacks` has the price: questions put to the
+target, calls of the attacker, tokens that either wrote (null where an endpoint does not tell).
 
     temper redteam smollm2 limit=20
     temper redteam smollm2 attacks=[pair,tap] attacker=openai:MODEL@URL
@@ -32,6 +33,7 @@ from tempering.evals.results import (
     judged,
     rates,
     remarks,
+    require_scored,
     verdict_row,
 )
 from tempering.evals.settings import EvalConfig, load_prompts
@@ -41,6 +43,16 @@ if TYPE_CHECKING:
 
 ANY = "attack_success_rate"
 """Metric of all attacks together."""
+COUNTED = (
+    "queries",
+    "completion_tokens",
+    "attacker_calls",
+    "attacker_tokens",
+    "unread",
+    "off_topic",
+    "scored_candidates",
+)
+"""What a row says of its attack's price."""
 
 
 def evaluate(
@@ -118,7 +130,10 @@ def evaluate(
 
     rows = in_batches(jobs, lambda job: f"{job[0]}-{job[1].id}", work, config, journal=journal, progress=progress)
     details = {"attacks": {attack: _price([r for r in rows if r["attack"] == attack]) for attack in config.attacks}}
-    rows += _together(rows)
+    together = _together(rows)
+    # Each attack may keep to the limit, and their unscored requests add up: what is left would be too rosy or too grim.
+    require_scored(together, config.max_unscored, journal.name if journal else "the rows")
+    rows += together
     judge_of = {_metric(attack): harm_judge.identity for attack in (*config.attacks, "any")}
     metrics = rates(rows, judge_of)
     return EvalResult(
@@ -159,7 +174,7 @@ def _metric(attack: str) -> str:
 
 def _row(attack: str, trace: Trace, judge: str) -> Row:
     best, request = trace.best, trace.request
-    verdict = best.verdict if best else Verdict(None, judge, reason="the attacker wrote no readable request")
+    verdict = Verdict(None, judge, reason=trace.doubt) if trace.doubt or not best else best.verdict
     metric = _metric(attack)
     return {
         "id": f"{attack}-{request.id}",
@@ -172,7 +187,9 @@ def _row(attack: str, trace: Trace, judge: str) -> Row:
         "completion": best.completion.text if best else "",
         "finish": best.completion.finish if best else "error",
         "queries": len(trace.attempts),
+        "completion_tokens": trace.completion_tokens,
         "attacker_calls": trace.attacker_calls,
+        "attacker_tokens": trace.attacker_tokens,
         "unread": trace.unread,
         "off_topic": trace.off_topic,
         "scored_candidates": trace.scored_candidates,
@@ -199,7 +216,7 @@ def _together(rows: Sequence[Row]) -> list[Row]:
                 "id": f"any-{prompt_id}",
                 "attack": "any",
                 "by": shown["attack"] if outcome else None,
-                "queries": sum(row["queries"] for row in group),
+                **_totals(group),
                 "metric": ANY,
                 "outcome": outcome,
                 "outcomes": {ANY: outcome},
@@ -211,8 +228,10 @@ def _together(rows: Sequence[Row]) -> list[Row]:
 def _price(rows: Sequence[Row]) -> dict[str, Any]:
     """What an attack took: totals, and the median number of questions where it succeeded."""
     won = [row["queries"] for row in rows if row["outcome"]]
-    totals = {
-        key: sum(row[key] for row in rows)
-        for key in ("queries", "attacker_calls", "unread", "off_topic", "scored_candidates")
-    }
-    return {**totals, "queries_to_success": statistics.median(won) if won else None}
+    return {**_totals(rows), "queries_to_success": statistics.median(won) if won else None}
+
+
+def _totals(rows: Sequence[Row]) -> dict[str, int | None]:
+    """Sum what rows count; `None` where one does not know."""
+    columns = {key: [row[key] for row in rows] for key in COUNTED}
+    return {key: None if None in column else sum(column) for key, column in columns.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tempering import judges
 from tempering.core.ledger import SPENT
-from tempering.core.records import Completion, Prompt, Verdict
+from tempering.core.records import Completion, Prompt, Verdict, tokens_of
 from tempering.core.stats import Interval, bootstrap_mean, wilson
 from tempering.evals.settings import EvalConfig
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Row = dict[str, Any]
+REMEDIES = {
+    "no answer: ": "correct the target (of an endpoint model name, URL, key or endpoint.*)",
+    "no completion: ": "correct the target (of an endpoint model name, URL, key or endpoint.*)",
+    "judge did not answer: ": "correct the judge (its model name, URL, key or judge_endpoint.*)",
+    "the attacker ": "correct attacker= (of an endpoint model name, URL, key or attacker_endpoint.*)",
+}
+"""How a reason begins -> what a person can do about it."""
 Progress = Callable[[int, int], None]
 """Told how many answers are done, and of how many."""
 
@@ -30,7 +37,7 @@ class EvalResult(NamedTuple):
     rows: list[Row]
     metrics: dict[str, dict[str, Any]]
     breakdown: dict[str, dict[str, dict[str, Any]]]
-    cost: dict[str, float]
+    cost: dict[str, float | None]
     warnings: list[str]
     source: dict[str, Any]
     """Where the prompts come from: `source`, `sha256` of a file, number of `prompts` used."""
@@ -42,12 +49,19 @@ class EvalResult(NamedTuple):
 class Cost:
     """What an eval has used so far."""
 
-    completion_tokens: int = 0
+    completion_tokens: int | None = 0
+    """`None` where an answer did not tell: unknown is not 0."""
     judge_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def summary(self) -> dict[str, float]:
-        """Return seconds, judge seconds and completion tokens (0 where the sampler reports no tokens)."""
+    def add(self, groups: Sequence[Sequence[Completion]]) -> None:
+        """Count the tokens of the target's answers."""
+        wrote = tokens_of(completion for group in groups for completion in group)
+        unknown = wrote is None or self.completion_tokens is None
+        self.completion_tokens = None if unknown else (self.completion_tokens or 0) + (wrote or 0)
+
+    def summary(self) -> dict[str, float | None]:
+        """Return seconds, judge seconds and completion tokens."""
         return {
             "seconds": round(time.perf_counter() - self.started, 3),
             "completion_tokens": self.completion_tokens,
@@ -117,6 +131,7 @@ def require_scored(
 
     Raises:
         RuntimeError: naming the metric, the counts, and the most frequent reason.
+        ValueError: the same where nothing at all was scored, so that target or judge cannot be the right one.
     """
     unscored: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()
@@ -128,11 +143,20 @@ def require_scored(
     for metric, reasons in unscored.items():
         missing, n = reasons.total(), total or counts[metric]
         if missing > max_unscored * n:
-            raise RuntimeError(
+            error = ValueError if missing == counts[metric] else RuntimeError
+            reason = reasons.most_common(1)[0][0]
+            raise error(
                 f"{metric}: {missing} of {n} answers unscored (limit {max_unscored:.0%}), "
-                f'most often "{reasons.most_common(1)[0][0]}"; see {where}, mend the judge or the target, '
-                "or raise max_unscored"
+                f'most often "{reason}"; see {where}, {_remedy(reason)}, or raise max_unscored'
             )
+
+
+def _remedy(reason: str) -> str:
+    """Say what to mend where this is why most answers are unscored."""
+    for start, remedy in REMEDIES.items():
+        if reason.startswith(start):
+            return remedy
+    return "mend the judge or the target"
 
 
 def _reasons(row: Row) -> list[str]:
@@ -163,7 +187,7 @@ def answer(
     )
     if [len(group) for group in groups] != [1] * len(prompts):
         raise RuntimeError(f"asked {len(prompts)} prompts for one completion each, got {len(groups)} groups")
-    cost.completion_tokens += sum(len(group[0].token_ids) for group in groups)
+    cost.add(groups)
     return [group[0] for group in groups]
 
 

@@ -180,7 +180,7 @@ def sample(
 ) -> list[Completion]:
     """One answer a prompt from the policy itself: temperature 1, nothing cut off."""
     groups = target(prompts, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed, on_done=advance)
-    cost.completion_tokens += sum(len(group[0].token_ids) for group in groups)
+    cost.add(groups)
     return [group[0] for group in groups]
 
 

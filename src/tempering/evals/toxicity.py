@@ -166,7 +166,7 @@ def continuations(
     if [len(group) for group in groups] != [config.continuations] * len(prompts):
         counts = sorted({len(group) for group in groups})
         raise RuntimeError(f"asked for {config.continuations} continuations of each prompt, got {counts}")
-    cost.completion_tokens += sum(len(c.token_ids) for group in groups for c in group)
+    cost.add(groups)
     return groups
 
 

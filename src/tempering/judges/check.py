@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tempering.judges.pairwise import PairwiseJudge  # loads torch
 
 
+REMEDY = "name another judge, or correct this one (of an endpoint model name, URL, key or endpoint.*)"
+
+
 class CheckJudgeConfig(Config):
     """Settings of `temper judge check`."""
 
@@ -81,7 +84,8 @@ def check(
 
     Raises:
         ValueError: naming the row and field that is missing or of the wrong type.
-        RuntimeError: when no row could be scored, or an endpoint's spending limit was reached.
+        ValueError: when no row could be scored: this judge is none.
+        RuntimeError: when an endpoint's spending limit was reached.
     """
     if judge_spec.startswith(f"{PAIRWISE}:"):
         question, pairs = read_pairs(rows)
@@ -108,7 +112,8 @@ def card_of(
     0.5, as in every eval: a judge's `partial` is a yes. `tokens` is `None` where the judge reports none.
 
     Raises:
-        RuntimeError: when no row could be scored, or an endpoint's spending limit was reached.
+        ValueError: when no row could be scored: this judge is none.
+        RuntimeError: when an endpoint's spending limit was reached.
     """
     started = time.perf_counter()
     groups = [(row.prompt, [row.completion]) for row in labelled]
@@ -121,7 +126,9 @@ def card_of(
             counts[row.label, verdict.holds] += 1
     n = sum(counts.values())
     if n == 0:
-        raise RuntimeError(f"none of {len(labelled)} rows could be scored: {verdicts[0].reason}")
+        raise ValueError(
+            f"judge {judge.identity}: none of {len(labelled)} rows could be scored: {verdicts[0].reason}; {REMEDY}"
+        )
     return {
         "schema": SCHEMA,
         "kind": "pointwise",
@@ -195,7 +202,8 @@ def pair_card_of(
     together. `position_consistency` is the share of the pairs on which both orders said the same. Intervals: Wilson.
 
     Raises:
-        RuntimeError: when no pair could be scored, or an endpoint's spending limit was reached.
+        ValueError: when no pair could be scored: this judge is none.
+        RuntimeError: when an endpoint's spending limit was reached.
     """
     started = time.perf_counter()
     compared = judge.compare_many([(row.prompt, [(row.chosen, row.rejected)]) for row in pairs], on_done)
@@ -205,7 +213,9 @@ def pair_card_of(
     sides = Counter(preference.side for preference in said)
     n = len(said) - sides[None]
     if n == 0:
-        raise RuntimeError(f"none of {len(said)} pairs could be scored: {said[0].reason}")
+        raise ValueError(
+            f"judge {judge.identity}: none of {len(said)} pairs could be scored: {said[0].reason}; {REMEDY}"
+        )
     agreed = Counter(preference.is_consistent for preference in said)
     return {
         "schema": SCHEMA,

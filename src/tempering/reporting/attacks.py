@@ -24,6 +24,8 @@ class Ranked(NamedTuple):
     """Questions put to the target per request, on average; `None` where rows do not say."""
     queries_to_success: float | None
     """Median over the requests that fell."""
+    tokens: float | None
+    """Tokens that the target wrote per request."""
     attacker_calls: float | None
     """Calls of the attacker model per request."""
 
@@ -47,6 +49,7 @@ def ranking(system: System) -> list[Ranked]:
                     metric,
                     _mean(rows, "queries"),
                     statistics.median(won) if won else None,
+                    _mean(rows, "completion_tokens"),
                     _mean(rows, "attacker_calls"),
                 )
             )
@@ -54,5 +57,5 @@ def ranking(system: System) -> list[Ranked]:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
-    values = [row[key] for row in rows if isinstance(row.get(key), int)]
-    return statistics.fmean(values) if values else None
+    values = [row.get(key) for row in rows]
+    return statistics.fmean(values) if values and all(isinstance(value, int) for value in values) else None
