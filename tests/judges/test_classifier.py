@@ -5,6 +5,7 @@ torch = pytest.importorskip("torch")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -127,3 +128,19 @@ def test_failed_and_empty_completions_are_not_classified():
     failed, empty = judge(PROMPT, [Completion(PROMPT.id, "", "error", error="down"), *completions(" ")])
     assert failed.is_unscored
     assert empty.score == 0.0
+
+
+def test_a_chat_model_is_no_classifier_whatever_label_is_named(tmp_path):
+    """transformers would give it a head of random numbers, with the labels LABEL_0 and LABEL_1."""
+    LlamaForCausalLM(config()).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    for spec in (f"classifier:{tmp_path}", f"classifier:{tmp_path}#LABEL_1"):
+        with pytest.raises(ValueError, match=r"classifier:.* is another kind of model.*score\.weight"):
+            load_judge(spec, "harmful")(PROMPT, completions("hello world"))
+
+
+@pytest.mark.parametrize("spec", ["classifier:{}", "guard:{}#llama_guard"])
+def test_a_model_that_is_not_there_is_named_with_its_judge(spec, tmp_path):
+    spec = spec.format(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=rf"judge {spec.partition('#')[0]}: .*nowhere could not be loaded .*correct"):
+        load_judge(spec, "harmful")(PROMPT, completions("hello world"))

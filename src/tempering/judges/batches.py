@@ -1,9 +1,11 @@
-"""What judges that run a local model share: batches of similar length, and where the model runs."""
+"""What judges that run a local model share: how it is loaded, where it runs, and batches of similar length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from tempering.core.loading import quiet_libraries
 from tempering.core.records import Completion, Prompt, Verdict
 
 
@@ -34,6 +36,39 @@ def judge_batches(
     if on_done:
         on_done(len(groups))
     return [[verdicts[g, i] for i in range(len(cs))] for g, (_, cs) in enumerate(groups)]
+
+
+def weights_from_files(judge: str, kind: Any, model_id: str, **settings: Any) -> Any:
+    """Load the model of a judge, all of whose weights must come from its files.
+
+    Raises:
+        ValueError: it cannot be had, or is of another kind: what its files lack would be random numbers.
+    """
+    with quiet_libraries():  # what it says of missing weights is an error here
+        model, told = from_files(judge, kind, model_id, output_loading_info=True, **settings)
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(
+            f"judge {judge}: {model_id} is another kind of model: its files have no weights for "
+            f"{', '.join(missing[:3])}, which it would judge by; name a model that was trained to judge"
+        )
+    return model
+
+
+def from_files(judge: str, kind: Any, model_id: str, **settings: Any) -> Any:
+    """Load something of a judge's model, `ID[@REVISION]`, through a class of transformers.
+
+    Raises:
+        ValueError: it cannot be had, with the first line of the reason.
+    """
+    name, _, revision = model_id.partition("@")
+    try:
+        return kind.from_pretrained(name, revision=revision or None, **settings)
+    except Exception as error:  # a boundary: transformers raises OSError, ValueError, KeyError, safetensors' own ...
+        reason = (str(error).splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"judge {judge}: {model_id} could not be loaded ({type(error).__name__}: {reason}); correct its id or "
+            "path, or, where it is gated, accept its terms on its page and log in with `hf auth login`"
+        ) from None
 
 
 def device_of(name: str | None) -> str:

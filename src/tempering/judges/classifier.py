@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from tempering.core.records import Completion, Prompt, Verdict
-from tempering.judges.batches import device_of, judge_batches
+from tempering.judges.batches import device_of, from_files, judge_batches, weights_from_files
 from tempering.judges.fence import without_tokens
 from tempering.judges.toxicity import ATTRIBUTE_OF
 
@@ -93,9 +93,9 @@ class ClassifierJudge:
     def _load(self) -> tuple[Any, Any, list[int]]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        name, _, revision = self.model_id.partition("@")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
-        model = AutoModelForSequenceClassification.from_pretrained(name, revision=revision or None)
+        judge = f"classifier:{self.model_id}"
+        tokenizer = from_files(judge, AutoTokenizer, self.model_id)
+        model = weights_from_files(judge, AutoModelForSequenceClassification, self.model_id)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tempering.core.records import Completion, Prompt, Verdict
-from tempering.judges.batches import device_of, judge_batches
+from tempering.judges.batches import device_of, from_files, judge_batches, weights_from_files
 from tempering.judges.fence import without_tokens
 
 VERSION = 3
@@ -359,8 +359,8 @@ class GuardJudge:
     def _load(self) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        name, _, revision = self.model_id.partition("@")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+        judge = f"guard:{self.model_id}"
+        tokenizer = from_files(judge, AutoTokenizer, self.model_id)
         if self.form.needs and self.form.needs not in str(tokenizer.chat_template or ""):
             lack = f"does not use {self.form.needs!r}" if tokenizer.chat_template else "is missing"
             raise ValueError(
@@ -372,7 +372,7 @@ class GuardJudge:
                 _single(tokenizer, word)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or None, dtype="auto")
+        model = weights_from_files(judge, AutoModelForCausalLM, self.model_id, dtype="auto")
         return model.to(device_of(self.device)).eval(), tokenizer
 
 
