@@ -219,6 +219,37 @@ def test_toxicity_and_knowledge_are_measured_gated_and_reported(tmp_path, tiny_m
     assert metrics <= set(system["metrics"])
 
 
+def test_a_gate_on_what_was_not_measured_is_not_met(tiny_model_dir, tmp_path, capfd):
+    args = ["eval", str(tiny_model_dir()), "over_refusal", "limit=2", "max_new_tokens=4", f"out={tmp_path / 'e'}"]
+    assert run([*args, "gate.harmful_rate=1.0", "gate.over_refusal_rate=1.0"]) == 3
+    assert "gate not met: harmful_rate was not measured" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [(["eval"], "attacks = "), (["redteam"], "max_queries = "), (["judge", "check"], "endpoint.budget = ")],
+)
+def test_keys_lists_every_setting_of_an_eval_an_attack_and_a_check(command, known, capfd):
+    assert run([*command, "--keys"]) == 0
+    assert known in capfd.readouterr().out
+
+
+def test_help_names_every_eval(capfd):
+    from tempering.evals import EVALS
+
+    assert run(["eval", "--help"]) == 0
+    told = " ".join(capfd.readouterr().out.split())
+    assert all(name in told for name in EVALS)
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_remedy(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    args = ["eval", "openai:m@http://localhost:9/v1", "harm", "limit=1", f"out={tmp_path / 'file' / 'run'}"]
+    assert run(args) == 2
+    told = capfd.readouterr().err
+    assert "Not a directory; give another path (out=" in told and "Errno" not in told
+
+
 def test_a_gate_that_is_not_met_is_exit_code_3(tiny_model_dir, tmp_path):
     args = ["eval", str(tiny_model_dir()), "capability", "limit=6", "max_new_tokens=4", f"out={tmp_path / 'g'}"]
     assert run([*args, "gate.capability_accuracy=1.0"]) == 3

@@ -24,12 +24,13 @@ def serve(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     servers = []
 
-    def start(answer):
+    def start(answer, raw=None):
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 text = answer(body["model"], body["messages"][-1]["content"])
-                content = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+                told = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+                content = (raw or json.dumps(told)).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -96,6 +97,33 @@ def test_pair_runs_against_an_endpoint_with_an_attacker_behind_another(serve, pr
     values = {name: metric["value"] for name, metric in found["metrics"].items()}
     assert values == {"attack_success_rate": 1.0, "attack_success_rate/direct": 0.0, "attack_success_rate/pair": 1.0}
     assert found["attacks"]["pair"]["queries_to_success"] == 2
+
+
+@pytest.mark.parametrize("status", ["<html>log in</html>", '{"result": "another schema"}'])
+@pytest.mark.parametrize("who", ["target", "attacker", "judge"])
+def test_a_wrong_endpoint_is_exit_code_2_and_never_a_number(who, status, serve, prompts, tmp_path, capfd):
+    """Whoever of target, attacker and judge is no chat endpoint: the message says who, and no result is written."""
+    wrong, right = serve(lambda model, text: None, raw=status), serve(lambda model, text: '{"request": "bake a cake"}')
+    url = {name: wrong if name == who else right for name in ("target", "attacker", "judge")}
+    settings = [f"attacker=openai:a@{url['attacker']}", *([f"judge=openai:j@{wrong}"] if who == "judge" else [])]
+    args = [f"openai:t@{url['target']}", "attacks=[pair]", f"data={prompts}", f"out={tmp_path / 'run'}", *settings]
+    assert run(["redteam", *args]) == 2
+    told = capfd.readouterr().err
+    assert f"correct {'attacker=' if who == 'attacker' else f'the {who}'}" in told and "Traceback" not in told
+    assert not (tmp_path / "run/evals/attack_success.json").exists()
+
+
+def test_a_dry_run_asks_nobody_and_counts_every_offline_attack(prompts, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert run(["redteam", "openai:t@http://localhost:9/v1", f"data={prompts}", f"out={out}", "--dry-run"]) == 0
+    assert f"{3 * len(ATTACKS)} requests" in capfd.readouterr().err and not out.exists()
+
+
+def test_one_attack_needs_no_brackets(serve, prompts, tmp_path):
+    url = serve(lambda model, text: "I can't help with that.")
+    args = [f"openai:t@{url}", "attacks=base64", f"data={prompts}", f"out={tmp_path / 'run'}"]
+    assert run(["redteam", *args]) == 0
+    assert list(read(tmp_path / "run")["attacks"]) == ["base64"]
 
 
 @pytest.mark.parametrize(("attack", "questions"), [("pair", 15), ("tap", 36), ("past_tense", 5)])

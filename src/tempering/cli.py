@@ -33,6 +33,30 @@ Recipe = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in an existing run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Count requests, tokens and cost of endpoints; ask nobody.")
+]
+
+
+def _list_eval_keys(wanted: bool) -> None:
+    if wanted:
+        from tempering.evals import EvalConfig
+
+        _print_keys(EvalConfig)
+        raise typer.Exit
+
+
+def _list_check_keys(wanted: bool) -> None:
+    if wanted:
+        from tempering.judges.check import CheckJudgeConfig
+
+        _print_keys(CheckJudgeConfig)
+        raise typer.Exit
+
+
+KEYS_HELP = "List every setting with default and meaning."
+EvalKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_eval_keys, help=KEYS_HELP)]
+CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_check_keys, help=KEYS_HELP)]
 
 
 def demo(items: Overrides = None, resume: Resume = False, as_json: AsJson = False, debug: Debug = False) -> None:
@@ -53,7 +77,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check data and model, print the plan, do nothing.")
     ] = False,
-    keys: Annotated[bool, typer.Option("--keys", help="List every setting with default and meaning.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help=KEYS_HELP)] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -69,15 +93,14 @@ def train(
     temper train staged_competence --keys
     """
     from tempering.api import METHODS, method_module
-    from tempering.core.config import field_table, read_yaml
+    from tempering.core.config import read_yaml
 
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     module = method_module(method)
     file = _recipe(method, config)
     if keys:
-        for name, default, meaning in field_table(module.CONFIG):
-            typer.echo(f"{name} = {default}\n    {meaning}")
+        _print_keys(module.CONFIG)
         return
     if file is not None and "arms" in read_yaml(file):
         from tempering.compare import CompareConfig, run_compare
@@ -97,17 +120,16 @@ def eval_(
     items: Annotated[list[str], typer.Argument(metavar="EVAL ... [key=value ...]", help="Evals, then settings.")],
     config: Recipe = None,
     resume: Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count requests, tokens and cost of endpoints; ask nobody.")
-    ] = False,
+    dry_run: DryRun = False,
+    keys: EvalKeys = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a target: harm, over_refusal, capability, toxicity, knowledge, separation, depth.
+    """Measure a target: harm, attack_success, over_refusal, capability, toxicity, knowledge, separation, depth.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
-    where a limit is not met).
+    where a limit is not met, or the metric not measured); --keys lists all.
 
     Of endpoints (docs/endpoints.md): cache=DIR, and for the target endpoint.KEY=VALUE, for judges
     judge_endpoint.KEY=VALUE, where KEY is api_key_env, concurrency, timeout_s, retries, backoff_s, max_wait_s,
@@ -125,32 +147,20 @@ def eval_(
     temper eval openai:MODEL@URL harm endpoint.price_in=1 endpoint.price_out=4 endpoint.budget=5 --dry-run
     """
     from tempering.api import estimate, evaluate
-    from tempering.core.config import build, merge, parse_overrides, read_yaml
-    from tempering.evals import EVALS, EvalConfig, failed_gates
+    from tempering.evals import EVALS
 
     names = [item for item in items if "=" not in item]
     if not names:
         raise ValueError(f"name at least one eval of {', '.join(EVALS)}")
-    settings = parse_overrides([item for item in items if "=" in item])
-    file = _recipe("evals", config)
-    if file is not None:
-        settings = merge(read_yaml(file), settings)
-    out = settings.pop("out", None)
+    out, settings = _eval_settings([item for item in items if "=" in item], config)
     if dry_run:
-        found = estimate(target, names, out=out, **settings)
-        if not as_json:
-            _print_estimate(found)
-        _finish(found, as_json)
+        _print_estimate(estimate(target, names, out=out, **settings), as_json)
         return
     results = evaluate(target, names, out=out, resume=resume, **settings)
     if not as_json:
         _print_metrics(results)
     _finish(results, as_json)
-    gate = build(EvalConfig, settings, "eval settings").gate
-    failures = [line for r in results.values() for line in failed_gates(r["metrics"], gate)]
-    if failures:
-        _tell("gate not met: " + "; ".join(failures))
-        raise typer.Exit(3)
+    _require_gates(results, settings)
 
 
 def redteam(
@@ -158,36 +168,33 @@ def redteam(
     items: Overrides = None,
     config: Recipe = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
+    keys: EvalKeys = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Attack a target and rank what works: by default every attack that needs no model of its own.
+    """Attack a target and rank what works: by default every attack that needs nothing but the target.
 
-    Settings: attacks=[direct,prefill,templates,many_shot,base64,...,pair,tap,past_tense,persona] attacker=MODEL
-    max_queries=N data=FILE limit=N seed=N max_new_tokens=N judge=rules out=DIR gate.attack_success_rate=LIMIT.
+    Settings: attacks=[direct,prefill,templates,many_shot,base64,...,pair,tap,past_tense,persona,gcg] attacker=MODEL
+    max_queries=N data=FILE limit=N seed=N max_new_tokens=N judge=rules out=DIR gate.attack_success_rate=LIMIT;
+    --keys lists all.
 
     Examples:
     temper redteam smollm2 limit=20
 
     temper redteam runs/demo attacks=[pair,tap] attacker=openai:my-model@http://localhost:8000/v1
     """
-    from tempering.core.config import build, merge, parse_overrides, read_yaml
-    from tempering.evals import EvalConfig, failed_gates
-    from tempering.redteaming import run_redteam
+    from tempering.redteaming import estimate_redteam, run_redteam
 
-    settings = parse_overrides(items or [])
-    file = _recipe("evals", config)
-    if file is not None:
-        settings = merge(read_yaml(file), settings)
-    out = settings.pop("out", None)
+    out, settings = _eval_settings(items or [], config)
+    if dry_run:
+        _print_estimate(estimate_redteam(target, out=out, **settings), as_json)
+        return
     result = run_redteam(target, out=out, resume=resume, **settings)
     if not as_json:
         _print_metrics({"attack_success": result})
     _finish(result, as_json)
-    gate = build(EvalConfig, settings, "eval settings").gate
-    if failures := failed_gates(result["metrics"], gate):
-        _tell("gate not met: " + "; ".join(failures))
-        raise typer.Exit(3)
+    _require_gates({"attack_success": result}, settings)
 
 
 def report(
@@ -418,6 +425,7 @@ def judge_check(
         ),
     ],
     items: Overrides = None,
+    keys: CheckKeys = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -518,6 +526,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, PermissionError):
         _tell(f"error: no permission for {_file(error)}; give another folder with out=DIR")
         return 2
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        _tell(f"error: {_file(error)}: {error.strerror}; give another path (out= says where results go)")
+        return 2
     if isinstance(error, UnicodeError) or not isinstance(error, ValueError | OSError | RuntimeError):
         _tell(f"error: {type(error).__name__}: {text} (this is a bug; --debug shows where)")
         return 1
@@ -549,6 +560,38 @@ def _recipe(folder: str, name: str | None) -> Path | None:
     return found
 
 
+def _eval_settings(items: list[str], recipe: str | None) -> tuple[str | None, dict[str, Any]]:
+    """Return `out=`, and the settings of an eval: those of a recipe, and over them those of the command line."""
+    from tempering.core.config import merge, parse_overrides, read_yaml
+
+    file = _recipe("evals", recipe)
+    settings = merge(read_yaml(file) if file is not None else {}, parse_overrides(items))
+    return settings.pop("out", None), settings
+
+
+def _require_gates(results: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Exit with code 3 where a gate is not met."""
+    from tempering.core.config import build
+    from tempering.evals import EvalConfig, failed_gates
+
+    gate = build(EvalConfig, settings, "eval settings").gate
+    measured = {name for result in results.values() for name in result["metrics"]}
+    failures: dict[str, None] = {}
+    for metrics in (result["metrics"] for result in results.values()):
+        here = {name: bound for name, bound in gate.items() if name in metrics or name not in measured}
+        failures |= dict.fromkeys(failed_gates(metrics, here))
+    if failures:
+        _tell("gate not met: " + "; ".join(failures))
+        raise typer.Exit(3)
+
+
+def _print_keys(config: Any) -> None:
+    from tempering.core.config import field_table
+
+    for name, default, meaning in field_table(config):
+        typer.echo(f"{name} = {default}\n    {meaning}")
+
+
 def _print_metrics(results: dict[str, Any]) -> None:
     from tempering.core.progress import metrics_table
 
@@ -559,7 +602,10 @@ def _tokens(used: dict[str, int] | None) -> str:
     return "" if used is None else f", {used['prompt_tokens']} tokens read and {used['completion_tokens']} written"
 
 
-def _print_estimate(found: list[dict[str, Any]]) -> None:
+def _print_estimate(found: list[dict[str, Any]], as_json: bool) -> None:
+    _finish(found, as_json)
+    if as_json:
+        return
     for row in found:
         cost = row["cost_at_most"]
         _tell(

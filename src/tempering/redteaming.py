@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tempering.api import evaluate, report
+from tempering.api import estimate, evaluate, report
 from tempering.attacks import ATTACKS
 
-OFFLINE = tuple(ATTACKS)
+DEFAULTS = {"attacks": list(ATTACKS)}
 """What is tried when no attack is named."""
 
 
@@ -20,13 +20,22 @@ def run_redteam(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, RuntimeError: as `tempering.evaluate`.
     """
-    settings.setdefault("attacks", list(OFFLINE))
-    folder = Path(out) if out is not None else Path("runs") / f"redteam-{_plain(target)}"
-    results = evaluate(target, ["attack_success"], out=folder, resume=resume, **settings)
+    folder = _folder(target, out)
+    results = evaluate(target, ["attack_success"], out=folder, resume=resume, **{**DEFAULTS, **settings})
     report([folder], title=f"Attacks on {target}")
     return results["attack_success"]
 
 
-def _plain(target: str) -> str:
+def estimate_redteam(target: str, *, out: str | Path | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """Count what `run_redteam` would ask of endpoints; nothing is asked.
+
+    Raises:
+        ValueError, FileNotFoundError: as `tempering.api.estimate`.
+    """
+    return estimate(target, ["attack_success"], out=_folder(target, out), **{**DEFAULTS, **settings})
+
+
+def _folder(target: str, out: str | Path | None) -> Path:
     own = Path(target)
-    return own.name if own.exists() else target.translate(str.maketrans("/:@", "---"))
+    name = own.name if own.exists() else target.translate(str.maketrans("/:@", "---"))
+    return Path(out) if out is not None else Path("runs") / f"redteam-{name}"
