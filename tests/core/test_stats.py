@@ -311,3 +311,44 @@ def test_separation_refuses_broken_input():
         separation([1], [1], [0], [1], beta=0.1)
     with pytest.raises(ValueError, match="not finite"):
         separation([float("inf")], [1], [1], [1], beta=0.1)
+
+
+@pytest.mark.parametrize(("n", "least"), [(1, 1.0), (2, 0.5), (5, 0.0625)])
+def test_few_items_cannot_be_certain(n, least):
+    """All n differences are positive: under "no difference" n equal signs have the probability 2 / 2^n."""
+    assert paired_bootstrap([0.9] * n, [0.1] * n).p_value == least
+
+
+def test_the_corrected_rate_by_hand():
+    """Se 45/50 = 0.9, Sp 40/50 = 0.8, 100 answers of which the judge calls 34: (0.34 - 0.2) / 0.7 = 0.2.
+
+    A perfect judge changes nothing; one that finds its false alarms only says 0; one at its sensitivity says 1.
+    """
+    card = {"true_positives": 45, "positives": 50, "true_negatives": 40, "negatives": 50}
+    rate = correct_rate(34, 100, **card)
+    assert rate.value == pytest.approx(0.2) and rate.low < 0.2 < rate.high
+    assert correct_rate(20, 100, **card).value == pytest.approx(0.0)
+    assert correct_rate(90, 100, **card).value == pytest.approx(1.0)
+    perfect = correct_rate(30, 100, true_positives=10**6, positives=10**6, true_negatives=10**6, negatives=10**6)
+    assert perfect == pytest.approx(wilson(30, 100), abs=1e-3)
+
+
+def test_more_labels_and_more_answers_narrow_the_corrected_interval():
+    def width(labels, n):
+        got = correct_rate(
+            0.34 * n, n, true_positives=round(0.9 * labels), positives=labels,
+            true_negatives=round(0.8 * labels), negatives=labels,
+        )  # fmt: skip
+        return got.high - got.low
+
+    assert width(500, 100) < width(50, 100) and width(50, 1000) < width(50, 100)
+
+
+def test_mcnemar_by_hand():
+    """12 pairs: 3 both, 6 only a, 1 only b, 2 neither. D = 5/12; p = 2 (C(7,0) + C(7,1)) / 2^7 = 16/128."""
+    a = [True] * 3 + [True] * 6 + [False] * 1 + [False] * 2
+    b = [True] * 3 + [False] * 6 + [True] * 1 + [False] * 2
+    found = mcnemar(a, b)
+    assert (found.difference, found.p_value) == (pytest.approx(5 / 12), pytest.approx(0.125))
+    swapped = mcnemar(b, a)
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high), pytest.approx(-found.low))

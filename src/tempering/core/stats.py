@@ -107,7 +107,8 @@ def paired_bootstrap(
     """Compare two systems on the same prompts: mean of a - b, percentile interval, two-sided p-value.
 
     The p-value is twice the smaller share of resampled means at or beyond 0, counting the observed
-    sample as one draw (Davison and Hinkley 1997, section 4.2), so it is never 0.
+    sample as one draw (Davison and Hinkley 1997, section 4.2), so it is never 0. Nor is it below 2 / 2^n, the
+    least that the signs of n differences can tell: resampling one or two items would be certain of anything.
 
     Raises:
         ValueError: when the lengths differ, there are no values, or one is not finite.
@@ -116,7 +117,7 @@ def paired_bootstrap(
     _same_length(a=x, b=y)
     means = _resampled_means(x - y, None, seed, draws)
     below, above = int((means <= 0).sum()), int((means >= 0).sum())
-    p_value = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
+    p_value = min(1.0, max(2 * (min(below, above) + 1) / (draws + 1), 2.0 ** (1 - len(x))))
     return Comparison(float((x - y).mean()), *_percentiles(means, level), p_value, "paired_bootstrap")
 
 
