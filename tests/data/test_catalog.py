@@ -587,6 +587,25 @@ def test_restricted_terms_are_said_once_on_stderr(name, tmp_path, capfd):
     assert " ".join(err.split()).count(dataset.terms) == (1 if dataset.is_restricted else 0)
 
 
+@pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
+def test_a_set_without_a_pinned_version_says_so_once_and_a_copy_or_a_named_version_does_not(
+    dataset, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: [raw for raw, _ in SCHEMAS[dataset.name]])
+    is_loaded = not dataset.files and not dataset.own_copy_only
+    if is_loaded:
+        for _ in range(2):
+            list(read_rows(dataset.name))
+    told = " ".join(capfd.readouterr().err.split())
+    assert told.count("no version is pinned") == (is_loaded and dataset.revision is None)
+    files.SAID.clear()
+    list(read_rows(f"{dataset.name}:{written(dataset.name, tmp_path)}"))
+    if is_loaded:
+        files.SAID.clear()
+        list(read_rows(f"{dataset.name}@v1"))
+    assert "no version is pinned" not in " ".join(capfd.readouterr().err.split())
+
+
 def test_licences_go_from_the_data_to_provenance_and_from_run_to_run(tmp_path):
     source = f"beavertails:{written('beavertails', tmp_path)}"
     assert licences_of(source) == {"beavertails": "CC BY-NC 4.0 (non-commercial)"}

@@ -46,7 +46,7 @@ DEMO_FILES = {"demo": "pairs", "demo_smollm2": "pairs_smollm2"}
 OnTrouble = Literal["error", "drop"]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.:-]+))?")
 SAID: set[str] = set()
-"""The data sets whose terms this process has said already."""
+"""The data sets of which this process has said terms and version already."""
 SPLITS = re.compile(r"(?:^|[._/-])(train|test|validation|valid|val|dev|eval)(?=$|[._/-])")
 
 
@@ -181,9 +181,15 @@ def _plain_rows(source: str | Path) -> Iterator[Scanned]:
 def _catalogued_rows(found: Origin) -> Iterator[Scanned]:
     """Stream the rows of a public data set as ours, those that are left out among them, and say its terms once."""
     dataset = found.dataset
-    if dataset.is_restricted and dataset.name not in SAID:
+    if dataset.name not in SAID:
         SAID.add(dataset.name)
-        say(f"{dataset.name}: {escape(dataset.terms)}; see {dataset.page}")
+        if dataset.is_restricted:
+            say(f"{dataset.name}: {escape(dataset.terms)}; see {dataset.page}")
+        if found.is_unpinned:
+            say(
+                f"{dataset.name}: no version is pinned, so the newest is read, which may change between two runs; "
+                f"name one with {dataset.name}@REVISION"
+            )
     for scanned in _plain_rows(found.copy) if found.copy is not None else _pinned_rows(found):
         if scanned.row is None:
             yield scanned

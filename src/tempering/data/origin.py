@@ -29,6 +29,11 @@ class Origin(NamedTuple):
     """Path of the user's own copy, which is read instead."""
 
     @property
+    def is_unpinned(self) -> bool:
+        """Whether what is read may be another version tomorrow."""
+        return self.copy is None and self.revision is None and not self.dataset.own_copy_only
+
+    @property
     def where(self) -> str:
         """What is read, for people and provenance."""
         d = self.dataset

@@ -2,9 +2,9 @@
 
 Where the tokenizer carries a chat template, it is the model's own that is used, with the arguments that it takes. The
 texts of WildGuard and HarmBench, which have none, and ShieldGemma's guidelines stand here word for word, because
-the models were trained on these words. They are from the models' own documentation: WildGuard (allenai/wildguard,
-Apache-2.0), HarmBench's classifier (centerforaisafety/HarmBench, MIT), ShieldGemma's model card (Google, CC BY 4.0).
-What each format is, and how sure we are of it: docs/judges.md.
+the models were trained on these words. They are from the models' own documentation: WildGuard's (allenai/wildguard),
+HarmBench's (centerforaisafety/HarmBench) and ShieldGemma's model card.
+What each format is, under what licence, and how sure we are of it: docs/judges.md.
 """
 
 from __future__ import annotations
