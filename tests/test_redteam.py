@@ -103,7 +103,10 @@ def test_pair_runs_against_an_endpoint_with_an_attacker_behind_another(serve, pr
 @pytest.mark.parametrize("who", ["target", "attacker", "judge"])
 def test_a_wrong_endpoint_is_exit_code_2_and_never_a_number(who, status, serve, prompts, tmp_path, capfd):
     """Whoever of target, attacker and judge is no chat endpoint: the message says who, and no result is written."""
-    wrong, right = serve(lambda model, text: None, raw=status), serve(lambda model, text: '{"request": "bake a cake"}')
+    wrong, right = (
+        serve(lambda model, text: None, raw=status),
+        serve(lambda model, text: '{"request": "bake a cake"}'),
+    )
     url = {name: wrong if name == who else right for name in ("target", "attacker", "judge")}
     settings = [f"attacker=openai:a@{url['attacker']}", *([f"judge=openai:j@{wrong}"] if who == "judge" else [])]
     args = [f"openai:t@{url['target']}", "attacks=[pair]", f"data={prompts}", f"out={tmp_path / 'run'}", *settings]

@@ -33,9 +33,7 @@ Recipe = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in an existing run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Count requests, tokens and cost of endpoints; ask nobody.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Count requests, tokens and cost of endpoints; ask nobody.")]
 
 
 def _list_eval_keys(wanted: bool) -> None:

@@ -96,7 +96,7 @@ def test_only_the_last_user_turn_is_put_into_a_template():
 
 
 def test_a_prompt_without_a_user_turn_is_refused():
-    with pytest.raises(ValueError, match="has no user turn to put into a template"):
+    with pytest.raises(ValueError, match="has no user turn for the attack templates"):
         apply_templates([Prompt(({"role": "system", "content": "x"},))], TEMPLATES)
 
 

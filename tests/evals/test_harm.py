@@ -365,3 +365,11 @@ def test_a_repeated_prompt_is_asked_once_and_counted(tmp_path):
     result = evaluate(EvalConfig(data=str(path)))
     assert len(result.rows) == 1
     assert result.warnings == ["left out 1 rows: repeats an earlier prompt"]
+
+
+def test_a_prefill_put_to_an_endpoint_is_remarked(tmp_path):
+    config = EvalConfig(data=data(tmp_path, 2), attacks=["direct", "prefill"])
+    sampler = ScriptedSampler(planted, name="openai:m@http://localhost:9/v1")
+    told = harm.evaluate(sampler, config, judge=WordJudge("HARM"), refusal_judge=WordJudge("NO")).warnings
+    assert any("whether a server goes on with a begun answer" in line for line in told)
+    assert not any("begun answer" in line for line in evaluate(config, planted()).warnings)

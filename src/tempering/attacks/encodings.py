@@ -15,6 +15,7 @@ import itertools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tempering.core.records import Prompt, content_id
 
@@ -98,8 +99,8 @@ def apply_encoding(prompts: Sequence[Prompt], name: str) -> list[Prompt]:
     return [rewritten(prompt, name, ENCODINGS[name](prompt.text)) for prompt in prompts]
 
 
-def rewritten(prompt: Prompt, attack: str, text: str) -> Prompt:
-    """Return `prompt` with another last user turn, under the name of the attack that made it.
+def rewritten(prompt: Prompt, attack: str, text: str, **extra: Any) -> Prompt:
+    """Return `prompt` with another last user turn, under the name of the attack that made it, and `extra`.
 
     Raises:
         ValueError: when no turn is the user's.
@@ -113,7 +114,7 @@ def rewritten(prompt: Prompt, attack: str, text: str) -> Prompt:
         prompt,
         messages=tuple(turns),
         id=content_id(attack, prompt.id, text),
-        extra={**prompt.extra, "attack": attack, "prompt_id": prompt.id},
+        extra={**prompt.extra, "attack": attack, "prompt_id": prompt.id, **extra},
     )
 
 

@@ -224,7 +224,9 @@ def _write(
         for i, (reply,) in zip(open_, replies, strict=True):
             trace, wrote = jobs[i][0].trace, tokens_of([reply])
             trace.attacker_calls += 1
-            trace.attacker_tokens = None if wrote is None or trace.attacker_tokens is None else trace.attacker_tokens + wrote
+            trace.attacker_tokens = (
+                None if wrote is None or trace.attacker_tokens is None else trace.attacker_tokens + wrote
+            )
             request = read_request(reply.text)
             if reply.finish == "error":
                 trace.failure = reply.error or "it failed"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tempering.attacks.encodings import rewritten
 from tempering.core.records import Prompt, content_id
 from tempering.data.files import bundled, read_records
 
@@ -92,14 +93,5 @@ def _drawn(templates: Sequence[Template], prompt_id: str, count: int, seed: int)
 
 
 def _templated(prompt: Prompt, template: Template) -> Prompt:
-    turns = list(prompt.messages)
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if last is None:
-        raise ValueError(f"prompt {prompt.id} has no user turn to put into a template")
-    turns[last] = {"role": "user", "content": template.fill(turns[last]["content"])}
-    return replace(
-        prompt,
-        messages=tuple(turns),
-        id=content_id("templates", prompt.id, template.id),
-        extra={**prompt.extra, "attack": "templates", "prompt_id": prompt.id, "template": template.id},
-    )
+    made = rewritten(prompt, "templates", template.fill(prompt.text), template=template.id)
+    return replace(made, id=content_id("templates", prompt.id, template.id))  # two names of one text are two rows

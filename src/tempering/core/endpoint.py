@@ -173,9 +173,10 @@ class EndpointSampler:
     A failed sample is a completion with `finish == "error"` and the reason. Connection errors, timeouts, 429,
     5xx and, from a server that has answered before, replies that hold no answer are retried with exponential
     backoff (full jitter, or what `Retry-After` says); other statuses are final. With `cache`, a folder, what is
-    answered there is not asked again; equal requests of one call are one request. Each sample is sent a seed of its own, derived from `seed`, prompt and
-    index; whether the server honours it, and whether it continues a last turn by the assistant (a prefill) or
-    answers it, is the server's decision. The key is read at each call and is in no attribute, message or file.
+    answered there is not asked again; equal requests of one call are one request. Each sample is sent a seed of its
+    own, derived from `seed`, prompt and index; whether the server honours it, and whether it continues a last turn
+    by the assistant (a prefill) or answers it, is the server's decision. The key is read at each call and is in no
+    attribute, message or file.
     """
 
     def __init__(self, spec: str, *, cache: str | Path | None = None, **settings: Any) -> None:
@@ -350,9 +351,7 @@ def completion(request: Request, answer: Answer) -> Completion:
     """Put an answer to its sample."""
     text, finish, error, tokens = answer
     seed = request.body["seed"]
-    return Completion(
-        request.prompt_id, text, finish, request.sample, seed=seed, error=error, counted_tokens=tokens
-    )
+    return Completion(request.prompt_id, text, finish, request.sample, seed=seed, error=error, counted_tokens=tokens)
 
 
 def _post(client: httpx.Client, url: str, body: Mapping[str, Any], timeout_s: float) -> Reply:

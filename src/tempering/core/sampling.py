@@ -164,7 +164,8 @@ class LocalSampler:
         if len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {prompt.id} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
-                f"model's context of {limit}"
+                f"model's context of {limit}; shorten it or leave it out, lower max_new_tokens, or "
+                "(attack many_shot) shots_per_prompt"
             )
         return ids
 

@@ -20,7 +20,7 @@ from tempering import judges
 from tempering.attacks import ATTACKS, PLANS, Attempt, Trace, search
 from tempering.attacks.gcg import Budget, gcg
 from tempering.core.records import Completion, Prompt, Verdict
-from tempering.evals.harm import HARMLESS, attack_options
+from tempering.evals.harm import HARMLESS, attack_options, attack_remarks
 from tempering.evals.results import (
     Cost,
     EvalResult,
@@ -131,7 +131,7 @@ def evaluate(
     rows = in_batches(jobs, lambda job: f"{job[0]}-{job[1].id}", work, config, journal=journal, progress=progress)
     details = {"attacks": {attack: _price([r for r in rows if r["attack"] == attack]) for attack in config.attacks}}
     together = _together(rows)
-    # Each attack may keep to the limit, and their unscored requests add up: what is left would be too rosy or too grim.
+    # Each attack may keep to the limit while their unscored requests add up, and what is left is a biased sample.
     require_scored(together, config.max_unscored, journal.name if journal else "the rows")
     rows += together
     judge_of = {_metric(attack): harm_judge.identity for attack in (*config.attacks, "any")}
@@ -141,7 +141,11 @@ def evaluate(
         metrics,
         by_category(rows, judge_of),
         cost.summary(),
-        [*warnings, *remarks([row for row in rows if row["attack"] != "any"])],
+        [
+            *warnings,
+            *attack_remarks(sampler, config),
+            *remarks([row for row in rows if row["attack"] != "any"]),
+        ],
         source,
         details,
     )

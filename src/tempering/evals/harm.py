@@ -80,7 +80,7 @@ def evaluate(
         rates(rows, judge_of, clustered=several),
         by_category(rows, judge_of, clustered=several),
         cost.summary(),
-        [*warnings, *remarks(rows)],
+        [*warnings, *attack_remarks(sampler, config), *remarks(rows)],
         source,
     )
 
@@ -98,6 +98,16 @@ def attack_options(config: EvalConfig) -> AttackOptions:
         shots_per_prompt=config.shots_per_prompt,
         seed=config.seed,
     )
+
+
+def attack_remarks(sampler: Sampler, config: EvalConfig) -> list[str]:
+    """Say what a reader of the attacks' rates must know about the target."""
+    if "prefill" not in config.attacks or not sampler.name.startswith("openai:"):
+        return []
+    return [
+        f"{sampler.name}: whether a server goes on with a begun answer, or answers anew, is its own affair: "
+        "attack_success_rate/prefill may measure something else than it does in this process"
+    ]
 
 
 def _metric(attack: str) -> str:

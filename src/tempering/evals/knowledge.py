@@ -19,7 +19,6 @@ averages out; `letters` in the JSON file says how often each letter was picked.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import statistics
@@ -39,6 +38,7 @@ from tempering.evals.results import (
     Row,
     answer,
     in_batches,
+    in_format,
     rates,
     remarks,
     verdict_row,
@@ -87,7 +87,8 @@ def evaluate(
     )
     warnings = [] if config.data is None else warnings
     way, told = way_of(sampler, config)
-    target, fmt = _in_format(sampler, config)
+    target = in_format(sampler, config.prompt_format)
+    fmt: Literal["chat", "raw"] = getattr(target, "fmt", "chat")
 
     def work(batch: Sequence[Prompt], on_done: Callable[[int], None]) -> list[Row]:
         asked = [ask(q, way, fmt, config.seed if config.shuffle else None) for q in batch]
@@ -274,16 +275,6 @@ def _below_chance(rows: Sequence[Row], metrics: Mapping[str, Mapping[str, Any]])
         f"accuracy is below chance ({chance:.2f}) by more than its interval: the target may have lost the format "
         "rather than the knowledge; look at `letters`, and try shuffle=true or another option_score"
     ]
-
-
-def _in_format(sampler: Sampler, config: EvalConfig) -> tuple[Sampler, Literal["chat", "raw"]]:
-    from tempering.core.sampling import LocalSampler
-
-    if not isinstance(sampler, LocalSampler):
-        return sampler, "chat"
-    target = copy.copy(sampler)  # not a new one: what a subclass does on top stays
-    target.fmt = config.prompt_format or sampler.fmt
-    return target, target.fmt
 
 
 def _listed(options: Sequence[str]) -> str:

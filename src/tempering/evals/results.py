@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from tempering import judges
 from tempering.core.ledger import SPENT
@@ -189,6 +190,17 @@ def answer(
         raise RuntimeError(f"asked {len(prompts)} prompts for one completion each, got {len(groups)} groups")
     cost.add(groups)
     return [group[0] for group in groups]
+
+
+def in_format(sampler: Sampler, fmt: Literal["chat", "raw"] | None) -> Sampler:
+    """Return a local sampler that puts prompts in this format; one that only has its own, and `None`, as it is."""
+    from tempering.core.sampling import LocalSampler
+
+    if fmt is None or not isinstance(sampler, LocalSampler):
+        return sampler
+    target = copy.copy(sampler)  # not a new one: what a subclass does on top stays
+    target.fmt = fmt
+    return target
 
 
 def judged(

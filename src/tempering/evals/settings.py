@@ -65,7 +65,8 @@ class EvalConfig(Config):
     temperature: float = Field(0.0, ge=0.0)
     """Sampling temperature; 0 is greedy, as in the papers. `toxicity` samples: 1 where nothing else is said."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Sample from the likeliest tokens that have this mass together; in `toxicity` 0.9."""
+    """Sample from the likeliest tokens that have this mass together; in `toxicity` 0.9. Of the target's answers:
+    attackers, and the samples of `separation` for its KL, are drawn at temperature 1 from all tokens."""
     prompt_format: Literal["chat", "raw"] | None = None
     """How `toxicity` and `knowledge` ask a model in this process: in its chat template, or as plain text to go on
     with; null: as the target does, and in `toxicity` raw."""

@@ -23,7 +23,6 @@ turn. An endpoint only has the latter. Raw text is tokenized without a begin-of-
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import statistics
@@ -43,6 +42,7 @@ from tempering.evals.results import (
     Row,
     by_category,
     in_batches,
+    in_format,
     rates,
     verdict_row,
 )
@@ -141,9 +141,7 @@ def continuing(sampler: Sampler, config: EvalConfig) -> tuple[Sampler, list[str]
         is_raw = config.prompt_format == "raw"
         only_chat = f"{sampler.name} answers chat turns: prompts were put as such, not as text to go on with"
         return sampler, [only_chat] if is_raw else []
-    target = copy.copy(sampler)  # not a new one: what a subclass does on top stays
-    target.fmt = config.prompt_format or sampler.fmt
-    return target, []
+    return in_format(sampler, config.prompt_format), []
 
 
 def continuations(

@@ -57,5 +57,5 @@ def ranking(system: System) -> list[Ranked]:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
-    values = [row.get(key) for row in rows]
-    return statistics.fmean(values) if values and all(isinstance(value, int) for value in values) else None
+    values = [value for row in rows if isinstance(value := row.get(key), int)]
+    return statistics.fmean(values) if values and len(values) == len(rows) else None
