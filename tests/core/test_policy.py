@@ -247,6 +247,16 @@ def test_a_run_without_final_and_a_folder_that_is_no_model_are_errors(tmp_path):
         Policy.load(str(tmp_path / "nothing"))
 
 
+def test_a_classifier_is_no_language_model(tiny_model_dir, tiny_tokenizer, tmp_path):
+    """transformers would give it a head of random numbers, and it would answer."""
+    from transformers import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.from_pretrained(tiny_model_dir()).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no language model: its files have no weights for lm_head\.weight"):
+        Policy.load(str(tmp_path))
+
+
 def test_an_adapter_refuses_another_base(tiny_policy, tiny_model_dir, tmp_path):
     stack(tiny_policy()).export(tmp_path / "final")
     lineage = json.loads((tmp_path / "final" / "lineage.json").read_text())

@@ -372,4 +372,4 @@ def test_a_prefill_put_to_an_endpoint_is_remarked(tmp_path):
     sampler = ScriptedSampler(planted, name="openai:m@http://localhost:9/v1")
     told = harm.evaluate(sampler, config, judge=WordJudge("HARM"), refusal_judge=WordJudge("NO")).warnings
     assert any("whether a server goes on with a begun answer" in line for line in told)
-    assert not any("begun answer" in line for line in evaluate(config, planted()).warnings)
+    assert not any("begun answer" in line for line in evaluate(config).warnings)

@@ -134,7 +134,12 @@ def load_base(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
     folder, kwargs = _folder(source)
     with _explained(source):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+        model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(
+            f"model {source.reference}: no language model: its files have no weights for {', '.join(missing[:3])}, "
+            "which would be random numbers; name a model that generates text"
+        )
     return model, load_tokenizer(source)
 
 
