@@ -134,7 +134,8 @@ def load_base(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
     folder, kwargs = _folder(source)
     with _explained(source):
-        model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    model, told = loaded
     if missing := sorted(told["missing_keys"]):
         raise ValueError(
             f"model {source.reference}: no language model: its files have no weights for {', '.join(missing[:3])}, "
