@@ -86,16 +86,13 @@ def compare(a: Run, b: Run, name: str) -> tuple[int, int, int, list[tuple[str, s
     assert here.keys() == there.keys(), "both targets are asked the same prompts"
     pairs = [(here[key], there[key]) for key in here]
     verdicts = sum(_verdicts(x) == _verdicts(y) for x, y in pairs)
-    differing = [(x["prompt"], x["completion"], y["completion"]) for x, y in pairs if _said(x) != _said(y)]
+    texts = [(x["prompt"], x["completion"], y["completion"]) for x, y in pairs]
+    differing = [text for text in texts if text[1] != text[2]]
     return len(pairs), verdicts, len(pairs) - len(differing), differing
 
 
 def _verdicts(row: dict[str, Any]) -> list[Any]:
     return [(row[key]["label"], row[key]["score"]) for key in VERDICTS if key in row]
-
-
-def _said(row: dict[str, Any]) -> tuple[str, str]:
-    return row["completion"], row["finish"]
 
 
 def main() -> int:
