@@ -28,7 +28,9 @@ MOST_GROWTH = 4096
 """Bytes of memory for each further prompt."""
 THINGS = ("stone bridges", "river boats", "apple trees", "glass beads", "paper kites")
 REFUSED = 3, 10
-ANSWER = "Here is how to begin with {}. " + "First find a quiet place, then take your time and note what you see. " * 6
+ANSWER = (
+    "Here is how to begin with {}. " + "First find a quiet place, then take your time and note what you see. " * 6
+)
 REFUSAL = "I'm sorry, but I can't help with that. Perhaps there is something else that you would like to know about."
 
 
@@ -55,7 +57,7 @@ def measure(count: int, name: str, url: str | None, folder: str) -> dict[str, fl
     write_prompts(data, count)
     target = ScriptedSampler(script) if url is None else f"openai:m@{url}"
     evaluate(ScriptedSampler(script), [name], data=str(data), limit=50, out=Path(folder) / f"warm{count}")
-    before = _peak_bytes()
+    before = _peak_bytes()  # so that what is loaded late does not count
     started, processor = time.perf_counter(), time.process_time()
     found = evaluate(target, [name], data=str(data), out=Path(folder) / f"run{count}")[name]
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
@@ -65,7 +67,13 @@ def measure(count: int, name: str, url: str | None, folder: str) -> dict[str, fl
         rate = found["metrics"]["refusal_rate" if name == "harm" else "over_refusal_rate"]["value"]
         assert rate == REFUSED[0] / REFUSED[1], f"the script refuses 30 %, the eval says {rate}"
     judging = found["cost"]["judge_seconds"]
-    return {"seconds": seconds, "processor": processor, "judging": judging, "bytes": _peak_bytes() - before}
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "judging": judging,
+        "before": before,
+        "bytes": _peak_bytes() - before,
+    }
 
 
 def _peak_bytes() -> int:
@@ -89,14 +97,16 @@ def main() -> int:
         server.start()
         url = f"http://127.0.0.1:{here.recv()}/v1"
     found = {}
-    print(f"{'prompts':>8}{'seconds':>9}{'processor s':>13}{'judging s':>11}{'ms a prompt':>13}{'memory MiB':>12}")
+    heads = ("prompts", "seconds", "processor s", "judging s", "ms a prompt", "memory MiB", "on top of")
+    print("".join(f"{head:>13}" for head in heads))
     with tempfile.TemporaryDirectory() as folder:
         for count in sorted(options.prompts):
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 row = found[count] = pool.submit(measure, count, options.eval, url, folder).result()
+            seconds, memory = row["seconds"], row["bytes"] / 2**20
             print(
-                f"{count:>8}{row['seconds']:>9.2f}{row['processor']:>13.2f}{row['judging']:>11.2f}"
-                f"{1000 * row['seconds'] / count:>13.2f}{row['bytes'] / 2**20:>12.1f}"
+                f"{count:>13}{seconds:>13.2f}{row['processor']:>13.2f}{row['judging']:>13.2f}"
+                f"{1000 * seconds / count:>13.2f}{memory:>13.1f}{row['before'] / 2**20:>13.0f}"
             )
     if server:
         server.terminate()

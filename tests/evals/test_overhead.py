@@ -15,7 +15,9 @@ BYTES_A_PROMPT = 4096
 
 def answer(prompt, sample):
     number = int(prompt.text.split()[1])
-    return "I'm sorry, but I can't help with that." if number % 10 < 3 else f"Here is how to do {number}. " + "x " * 100
+    return (
+        "I'm sorry, but I can't help with that." if number % 10 < 3 else f"Here is how to do {number}. " + "x " * 100
+    )
 
 
 def scripted(folder, count, name="harm"):

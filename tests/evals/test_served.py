@@ -33,6 +33,7 @@ def test_a_model_behind_transformers_serve_gets_the_same_verdicts(tiny_model_dir
         assert len(here) == 5
         # In a stream this server keeps back the bytes of a character that the last token leaves unfinished.
         ours, theirs = (
-            {row["id"]: row["completion"].rstrip("\ufffd" if stream else "") for row in rows} for rows in (here, served)
+            {row["id"]: row["completion"].rstrip("\ufffd" if stream else "") for row in rows}
+            for rows in (here, served)
         )
         assert ours == theirs
