@@ -461,6 +461,26 @@ def test_a_server_that_does_not_stream_is_understood(serve):
     assert sampler(serve(lambda b, c: reply("x")), stream=True)(prompts(1))[0][0].text == "x"
 
 
+def turn(**delta):
+    return {"choices": [{"delta": {"role": "assistant", **delta}, "finish_reason": None}]}
+
+
+@pytest.mark.parametrize("first", [turn(), turn(content=None), turn(content=""), turn(content=None, tool_calls=[])])
+def test_an_empty_answer_is_an_answer_also_where_a_stream_has_no_content(serve, first):
+    """As `transformers serve` and llama.cpp send it, where the model ends its turn at once."""
+    end = {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    (completion,) = sampler(serve(lambda b, c: events(first, end, end="")), stream=True)(prompts(1))[0]
+    assert (completion.text, completion.finish, completion.error) == ("", "stop", None)
+
+
+@pytest.mark.parametrize("more", [{"tool_calls": [{"index": 0}]}, {"reasoning_content": "Let me see"}])
+@pytest.mark.parametrize("finish", ["stop", "tool_calls"])
+def test_a_stream_of_something_else_is_no_empty_answer(serve, more, finish):
+    server = serve(lambda b, c: events(turn(), turn(**more), delta(finish=finish)))
+    (completion,) = sampler(server, stream=True)(prompts(1))[0]
+    assert completion.finish == "error"
+
+
 def test_after_done_nothing_needs_to_follow(serve):
     status, text, headers = events(*WHOLE)
     server = serve(lambda b, c: (status, text, {**headers, "Content-Length": "100000"}))

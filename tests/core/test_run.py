@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_rows_go_round_and_a_torn_last_line_is_left_out(tmp_path):
     run.truncate_rows("metrics.jsonl", lambda row: row["step"] <= 1)
     run.append_row("metrics.jsonl", rows[2])
     assert run.read_rows("metrics.jsonl") == [rows[0], rows[1], rows[2]]
+
+
+def test_many_rows_are_not_held_in_memory_to_be_written(tmp_path):
+    run = new(tmp_path)
+    tracemalloc.start()
+    try:
+        run.write_rows("rows.jsonl", ({"text": "x" * 100_000} for _ in range(100)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (run.root / "rows.jsonl").stat().st_size > 10**7 > 5 * peak
 
 
 def test_truncating_what_is_not_there_is_fine(tmp_path):

@@ -435,7 +435,7 @@ def _joined(content: bytes) -> dict[str, Any]:
     """
     parts: dict[str, list[str]] = {"content": [], "refusal": []}
     finish = usage = None
-    is_done = False
+    is_done = is_other = False
     for event in re.sub(r"\r\n?", "\n", content.decode()).split("\n\n"):
         data = "\n".join(line[5:] for line in event.split("\n") if line.startswith("data:"))
         if is_done := data.strip() == "[DONE]":
@@ -454,6 +454,7 @@ def _joined(content: bytes) -> dict[str, Any]:
         delta = choice.get("delta") if isinstance(choice, dict) else None
         if not isinstance(delta, dict | None) or not isinstance(choice, dict):
             return {"error": chunk}
+        is_other |= any(value for name, value in (delta or {}).items() if name not in ("role", *parts))
         for name, found in parts.items():
             if (text := (delta or {}).get(name)) is not None:
                 if not isinstance(text, str):
@@ -465,6 +466,8 @@ def _joined(content: bytes) -> dict[str, Any]:
     if finish is None and not any(parts.values()):
         return {"usage": usage}
     message = {name: "".join(found) for name, found in parts.items() if found}
+    if not message and finish == "stop" and not is_other:
+        message = {"content": ""}  # some servers send no content where there is none
     return {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
 
 

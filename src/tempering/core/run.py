@@ -133,7 +133,7 @@ class Run:
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Write a JSONL file, whole or nothing."""
-        return self.write_text(name, "".join(_line(row) for row in rows))
+        return atomic_write(self.path(name), (_line(row) for row in rows))
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """Read a JSONL file; a last line that a killed process left half-written is left out."""
@@ -142,7 +142,7 @@ class Run:
     def append_row(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one line and flush it, so that a kill loses at most the line being written."""
         with self.path(name).open("ab") as file:
-            file.write(_line(row).encode("utf-8", "surrogatepass"))
+            file.write(_line(row))
             file.flush()
 
     def truncate_rows(self, name: str, keep: Any) -> None:
@@ -208,13 +208,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def atomic_write(path: Path, content: bytes) -> Path:
-    """Write through a temporary file in the same folder, then rename."""
+def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> Path:
+    """Write through a temporary file in the same folder, then rename; parts are written as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -251,8 +251,8 @@ def redact(text: str, secrets: Sequence[str]) -> str:
     return text
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
