@@ -15,7 +15,12 @@ from tempering.evals.lm_eval_results import add_outcomes, sample_rows
 from tempering.reporting.report import write_report
 
 DOCS = [
-    {"q": f"Is the {thing} number {i} heavy?", "choices": ["yes sure", "no"], "a": i % 2, "short": ("yes", "no")[i % 2]}
+    {
+        "q": f"Is the {thing} number {i} heavy?",
+        "choices": ["yes sure", "no"],
+        "a": i % 2,
+        "short": ("yes", "no")[i % 2],
+    }
     for i, thing in enumerate(["stone", "river", "apple", "glass", "paper"] * 4)
 ]
 
@@ -75,7 +80,9 @@ def rows_of(folder):
 
 
 @pytest.mark.interop
-def test_choices_are_scored_by_the_loaded_model_with_its_adapter(lm_eval, tiny_policy, tasks_dir, tmp_path, monkeypatch):
+def test_choices_are_scored_by_the_loaded_model_with_its_adapter(
+    lm_eval, tiny_policy, tasks_dir, tmp_path, monkeypatch
+):
     from transformers import AutoModelForCausalLM
 
     from tempering.core.policy import LoraSettings
@@ -83,17 +90,23 @@ def test_choices_are_scored_by_the_loaded_model_with_its_adapter(lm_eval, tiny_p
     policy = tiny_policy()
     sampler = LocalSampler(policy, name="tiny")
     questions = [Prompt(({"role": "user", "content": doc["q"]},)) for doc in DOCS]
-    base = sampler.score(questions, [doc["choices"] for doc in DOCS])
+    choices = [doc["choices"] for doc in DOCS]
+    base = sampler.score(questions, choices)
     policy.add_adapter("new", LoraSettings(r=2), seed=0)
     with torch.no_grad():
         for _, parameter in policy.trainable_parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    adapted = sampler.score(questions, [doc["choices"] for doc in DOCS])
+    adapted = sampler.score(questions, choices)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # a second load would fail
     evaluate(sampler, ["lm_eval"], tasks=["tiny_choice"], include_path=tasks_dir, batch_size=3, out=tmp_path / "run")
-    for row, ours, theirs in zip(rows_of(tmp_path / "run"), adapted, base, strict=True):
-        assert row["logprobs"] == pytest.approx([nats for nats, _ in ours], abs=1e-3)
-        assert row["logprobs"] != pytest.approx([nats for nats, _ in theirs], abs=1e-3)
+
+    # lm-eval scores the template's last line break with every choice, so only their differences are those of ours.
+    def gaps(scores):
+        return [first - second for first, second in scores]
+
+    found = gaps(row["logprobs"] for row in rows_of(tmp_path / "run"))
+    assert found == pytest.approx(gaps([nats for nats, _ in row] for row in adapted), abs=1e-3)
+    assert found != pytest.approx(gaps([nats for nats, _ in row] for row in base), abs=0.1)
 
 
 @pytest.mark.interop
@@ -102,7 +115,9 @@ def test_a_report_shows_tasks_with_wilson_intervals_and_pairs_systems(lm_eval, t
         model = str(tiny_model_dir(seed=seed))
         names = "tasks=[tiny_choice,tiny_generate,tiny_group]"
         folder = tmp_path / f"run{seed}"
-        code = run(["eval", model, "lm_eval", names, f"include_path={tasks_dir}", f"out={folder}", "max_new_tokens=4"])
+        code = run(
+            ["eval", model, "lm_eval", names, f"include_path={tasks_dir}", f"out={folder}", "max_new_tokens=4"]
+        )
         assert code == 0
     found = json.loads((folder / "evals/lm_eval.json").read_text())
     assert {"acc/tiny_choice", "acc_norm/tiny_choice", "acc/tiny_group", "exact_match/tiny_generate"} <= set(
@@ -129,7 +144,13 @@ def test_a_sampler_answers_what_a_task_generates(lm_eval, tasks_dir, tmp_path):
 
     sampler = ScriptedSampler(script)
     found = evaluate(
-        sampler, ["lm_eval"], tasks="tiny_generate", include_path=tasks_dir, limit=10, num_fewshot=1, out=tmp_path / "run"
+        sampler,
+        ["lm_eval"],
+        tasks="tiny_generate",
+        include_path=tasks_dir,
+        limit=10,
+        num_fewshot=1,
+        out=tmp_path / "run",
     )["lm_eval"]
     assert [m["role"] for m in asked[0].messages] == ["user", "assistant", "user"]
     metric = found["metrics"]["exact_match/tiny_generate"]
@@ -142,7 +163,9 @@ def test_a_sampler_answers_what_a_task_generates(lm_eval, tasks_dir, tmp_path):
 def test_what_gets_no_answer_is_unscored_and_not_wrong(lm_eval, tasks_dir, tmp_path):
     def answer(prompts, **settings):
         groups = ScriptedSampler(["yes"])(prompts, **settings)
-        return [[replace(g[0], text="", finish="error", error="HTTP 500")] if i == 0 else g for i, g in enumerate(groups)]
+        return [
+            [replace(g[0], text="", finish="error", error="HTTP 500")] if i == 0 else g for i, g in enumerate(groups)
+        ]
 
     answer.name = "failing"
     settings = {"tasks": ["tiny_generate"], "include_path": tasks_dir}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -70,10 +71,15 @@ def model_index(name: str, system: System) -> list[dict[str, Any]]:
             metric_args={"low_95": m.low, "high_95": m.high, "n": m.n, "unscored": m.unscored, "judge": m.judge},
         )
         for key, label, m in rates
-        for source in [system.source(key.replace(CORRECTED, ""))]
+        for source in [_public(system.source(key.replace(CORRECTED, "")))]
         if m.value is not None
     ]
     return eval_results_to_model_index(name, results)
+
+
+def _public(source: str) -> str:
+    """Return a source of prompts without the folders of this machine."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _front_matter(run: RunData, system: System | None) -> str:
