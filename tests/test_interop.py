@@ -18,7 +18,13 @@ QUESTIONS = [{"q": f"Is {i} an even number?", "short": ("yes", "no")[i % 2]} for
 
 
 @pytest.fixture
-def url(monkeypatch):
+def asked():
+    """What the endpoint was asked, filled by `url`."""
+    return []
+
+
+@pytest.fixture
+def url(monkeypatch, asked):
     """URL of a chat endpoint on the loopback interface that calls every number even."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -33,6 +39,7 @@ def url(monkeypatch):
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
+            asked.append(self.path)
             self.rfile.read(int(self.headers["Content-Length"]))
             content = json.dumps(reply).encode()
             self.send_response(200)
@@ -53,13 +60,11 @@ def url(monkeypatch):
     server.server_close()
 
 
-@pytest.mark.interop
-def test_lm_eval_itself_measures_an_endpoint(url, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-    from lm_eval.tasks import TaskManager
-
+@pytest.fixture
+def even(tmp_path):
+    """A task of lm-eval."""
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    task = {
+    return {
         "task": "even",
         "dataset_path": "json",
         "dataset_kwargs": {
@@ -72,14 +77,38 @@ def test_lm_eval_itself_measures_an_endpoint(url, tmp_path):
         "doc_to_target": "{{short}}",
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
+
+
+@pytest.mark.interop
+def test_lm_eval_itself_measures_an_endpoint(url, even):
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    from lm_eval.tasks import TaskManager
+
     found = lm_eval.simple_evaluate(
         model="local-chat-completions",
         model_args={"model": "m", "base_url": f"{url}/chat/completions"},
-        tasks=[task],
+        tasks=[even],
         task_manager=TaskManager(include_defaults=False),
         apply_chat_template=True,
     )
     assert found["results"]["even"]["exact_match,none"] == 0.5
+
+
+@pytest.mark.interop
+def test_tasks_of_lm_eval_keep_to_an_endpoints_cap_and_ask_nothing_twice(url, asked, even, tmp_path, capsys):
+    """A question is at most 20 + 128 tokens, its answer 1; replies used 6 each: 4 * 6 + 149 is more than 170."""
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    (tmp_path / "even.yaml").write_text(json.dumps(even))
+    command = [
+        "eval", f"openai:m@{url}", "lm_eval", f"tasks=[{tmp_path / 'even.yaml'}]", f"out={tmp_path / 'run'}",
+        "max_new_tokens=1", "endpoint.concurrency=1",
+    ]  # fmt: skip
+    assert run([*command, "endpoint.max_tokens_total=170"]) == 1
+    assert "raise the limit" in capsys.readouterr().err and len(asked) == 4
+    assert run([*command, "--resume"]) == 0
+    assert len(asked) == 6
+    found = json.loads((tmp_path / "run/evals/lm_eval.json").read_text())
+    assert found["metrics"]["exact_match/even"]["value"] == 0.5
 
 
 @pytest.mark.interop

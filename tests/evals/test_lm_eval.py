@@ -53,6 +53,14 @@ def tasks_dir(tmp_path_factory):
         "generation_kwargs": {"until": ["\n", "."], "max_gen_toks": 8},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
+    rolling = {
+        **shared,
+        "task": "tiny_rolling",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{q}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
     group = {
         "group": "tiny_group",
         "task": ["tiny_one", "tiny_two"],
@@ -64,6 +72,7 @@ def tasks_dir(tmp_path_factory):
         "two": {**choice, "task": "tiny_two"},
         "generate": generate,
         "unsafe": {**generate, "task": "tiny_unsafe", "unsafe_code": True},
+        "rolling": rolling,
         "group": group,
     }.items():
         (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
@@ -113,7 +122,7 @@ def test_choices_are_scored_by_the_loaded_model_with_its_adapter(
 def test_a_report_shows_tasks_with_wilson_intervals_and_pairs_systems(lm_eval, tiny_model_dir, tasks_dir, tmp_path):
     for seed in (0, 1):
         model = str(tiny_model_dir(seed=seed))
-        names = "tasks=[tiny_choice,tiny_generate,tiny_group]"
+        names = "tasks=[tiny_choice,tiny_generate,tiny_group,tiny_rolling]"
         folder = tmp_path / f"run{seed}"
         code = run(
             ["eval", model, "lm_eval", names, f"include_path={tasks_dir}", f"out={folder}", "max_new_tokens=4"]
@@ -128,6 +137,9 @@ def test_a_report_shows_tasks_with_wilson_intervals_and_pairs_systems(lm_eval, t
     assert group["value"] == alone["value"] and (group["n"], alone["n"]) == (40, 20)
     assert group["high"] - group["low"] < alone["high"] - alone["low"]
     assert "lm-eval" in alone["judge"] and "tiny_choice v1, 0-shot" in alone["judge"]
+    perplexity = found["metrics"]["word_perplexity/tiny_rolling"]
+    assert perplexity["value"] > 1 and perplexity["n"] == 20
+    assert perplexity["low"] is perplexity["high"] is None  # lm-eval has no standard error for it
     report = write_report([tmp_path / "run0", tmp_path / "run1"], tmp_path / "report")
     tests = {c["metric"]: c["test"] for c in report["comparisons"]}
     assert "mcnemar" in tests["acc/tiny_choice"] and "acc/tiny_group" in tests
