@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check bench clean
+INTEROP := .venv-interop
+INTEROP_STAMP := $(INTEROP)/.installed
+
+.PHONY: install demo test test-slow test-interop check bench clean
 
 install: $(STAMP)
 
@@ -19,10 +22,22 @@ demo: install
 	$(BIN)/temper demo out=runs/demo --resume
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interop"
 
 test-slow: install
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not interop"
+
+# lm-eval and Inspect, over the packages of .venv; Inspect needs older versions of two of those, which stay untouched.
+$(INTEROP_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(INTEROP)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tempering-venv.pth
+	grep -v -e ^fsspec= -e ^python-dateutil= constraints.txt > $(INTEROP)/constraints.txt
+	$(INTEROP)/bin/pip install -q -c $(INTEROP)/constraints.txt 'setuptools>=77' lm_eval==0.4.13 inspect_ai==0.3.285 openai==3.54.0
+	touch $(INTEROP_STAMP)
+
+test-interop: $(INTEROP_STAMP)
+	$(INTEROP)/bin/python -m pytest -q -m interop
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks scripts
@@ -36,4 +51,4 @@ bench: install
 	$(BIN)/python benchmarks/endpoint_vs_httpx.py
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(INTEROP) runs build dist src/*.egg-info

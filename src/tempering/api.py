@@ -139,12 +139,15 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: 
 
 def _eval_config(evals: Sequence[str], settings: dict[str, Any]) -> EvalConfig:
     from tempering.evals import EVALS, EvalConfig, load_cards
+    from tempering.evals.lm_eval import require_tasks
 
     for name in evals:
         if name not in EVALS:
             raise ValueError(f"unknown eval {name!r}; expected one of {', '.join(EVALS)}")
     config = build(EvalConfig, settings, "eval settings")
     load_cards(config)  # a card of another judge is an error before a model is loaded
+    if "lm_eval" in evals:
+        require_tasks(config)
     return config
 
 

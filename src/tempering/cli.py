@@ -123,11 +123,12 @@ def eval_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a target: harm, attack_success, over_refusal, capability, toxicity, knowledge, separation, depth.
+    """Measure a target: harm, attack_success, over_refusal, capability, toxicity, knowledge,
+    lm_eval, separation, depth.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
-    where a limit is not met, or the metric not measured); --keys lists all.
+    where a limit is not met, or the metric not measured). Of lm_eval: tasks=[NAME,...] num_fewshot=N include_path=DIR. --keys lists all.
 
     Of endpoints (docs/endpoints.md): cache=DIR, and for the target endpoint.KEY=VALUE, for judges
     judge_endpoint.KEY=VALUE, where KEY is api_key_env, concurrency, timeout_s, retries, backoff_s, max_wait_s,
@@ -141,6 +142,8 @@ def eval_(
     temper eval smollm2 over_refusal data=xstest out=runs/base-xstest
 
     temper eval runs/mine harm gate.harmful_rate=0.1
+
+    temper eval runs/mine lm_eval tasks=[gsm8k,arc_easy] limit=100 out=runs/mine-lm-eval
 
     temper eval openai:MODEL@URL harm endpoint.price_in=1 endpoint.price_out=4 endpoint.budget=5 --dry-run
     """
@@ -227,9 +230,9 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write one PEFT adapter on the public base, or merged weights.
+    """Write one PEFT adapter on the public base, merged weights, or a run's evals as logs of Inspect.
 
-    Settings: out=DIR format=adapter|merged rank=N (adapter: compress by SVD; the error is printed).
+    Settings: out=DIR format=adapter|merged|inspect rank=N (adapter: compress by SVD; the error is printed).
 
     Examples:
     temper export runs/mine out=exports/mine
@@ -237,6 +240,8 @@ def export(
     temper export runs/mine out=exports/merged format=merged
 
     temper export runs/mine out=exports/small rank=16
+
+    temper export runs/mine out=logs format=inspect
     """
     from tempering.exporting import ExportConfig, run_export
 

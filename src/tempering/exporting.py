@@ -1,4 +1,4 @@
-"""`temper export`: one PEFT adapter on the public base, or merged weights."""
+"""`temper export`: one PEFT adapter on the public base, merged weights, or a run's evals as logs of Inspect."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tempering.core.config import Config
 from tempering.core.policy import Policy
 from tempering.core.progress import say
+from tempering.reporting.inspect_logs import write_inspect_logs
 
 
 class ExportConfig(Config):
@@ -19,21 +20,25 @@ class ExportConfig(Config):
 
     out: str
     """Folder to make."""
-    format: Literal["adapter", "merged"] = "adapter"
-    """`adapter`: a PEFT adapter. `merged`: a plain transformers folder."""
+    format: Literal["adapter", "merged", "inspect"] = "adapter"
+    """`adapter`: a PEFT adapter. `merged`: a plain transformers folder. `inspect`: evals as logs of Inspect."""
     rank: int | None = Field(None, ge=1)
     """`adapter`: compress to this rank by SVD; the error is printed."""
 
 
 def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
-    """Export a run, adapter or model; returns the folder and what was done.
+    """Export a run, adapter or model, or a run's evals; returns the folder and what was done.
 
     Raises:
         FileExistsError: `out` holds something.
-        ValueError: there is no adapter to export.
+        ValueError: there is no adapter to export, or for `inspect` no eval or no package.
     """
     if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
         raise FileExistsError(f"{config.out} exists; give another folder with out=DIR")
+    if config.format == "inspect":
+        files = write_inspect_logs(Path(reference), Path(config.out))
+        say(f"wrote {len(files)} logs: inspect view --log-dir {config.out}")
+        return {"out": config.out, "format": config.format, "logs": [file.name for file in files]}
     policy = Policy.load(reference, dtype="float32")
     if config.format == "adapter" and not policy.adapters:
         raise ValueError(f"{reference} has no adapter (full weights); use format=merged")

@@ -89,6 +89,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, Mapping[str, Any]]], title:
 def _cell(v: Mapping[str, Any] | None) -> str:
     if v is None or v["value"] is None:
         return ""
+    if v["low"] is None:
+        return f"{v['value']:.3g}, n {v['n']}"
     if 0 <= v["low"] <= v["high"] <= 1:
         return f"{v['value']:.1%} ({v['low']:.1%} - {v['high']:.1%}), n {v['n']}"
     return f"{v['value']:.3g} ({v['low']:.3g} - {v['high']:.3g}), n {v['n']}"

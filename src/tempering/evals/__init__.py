@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.core.run import Run
-from tempering.evals import attack_success, capability, depth, harm, knowledge, over_refusal, separation, toxicity
+from tempering.evals import (
+    attack_success,
+    capability,
+    depth,
+    harm,
+    knowledge,
+    lm_eval,
+    over_refusal,
+    separation,
+    toxicity,
+)
 from tempering.evals.capability import Scorer
 from tempering.evals.correction import correct, correct_finished, load_cards
 from tempering.evals.results import EvalResult, Journal, Progress, Row
@@ -27,6 +37,7 @@ EVALS: dict[str, Callable[..., EvalResult]] = {
     "capability": capability.evaluate,
     "toxicity": toxicity.evaluate,
     "knowledge": knowledge.evaluate,
+    "lm_eval": lm_eval.evaluate,
     "separation": separation.evaluate,
     "depth": depth.evaluate,
 }

@@ -38,6 +38,8 @@ AT_MOST = (
     *(f"{name}/{attribute}" for name in _TOXICITY for attribute in ATTRIBUTES),
 )
 """Metrics of which less is better: a gate on them is a ceiling."""
+OF_TASKS = ("acc/", "acc_norm/", "exact_match/")
+"""How metrics of `lm_eval` begin of which more is better; a task's name follows."""
 HOW_ASKED = {"endpoint", "judge_endpoint", "attacker_endpoint", "cache", "judge_card"}
 """Settings of how answers are come by and corrected, not of what they are: a resumed eval may have others."""
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -57,19 +59,21 @@ class EvalConfig(Config):
     invalid: Literal["error", "drop"] = "error"
     """Whether a bad row stops the eval or is left out; a repeated prompt always is, and both are counted."""
     limit: int | None = Field(None, ge=1)
-    """Use this many prompts, chosen by a hash of their id: the same ones for every target, seed and order."""
+    """Use this many prompts, chosen by a hash of their id: the same ones for every target, seed and order. `lm_eval`
+    takes the first ones of each task."""
     seed: int = 0
     """Seed of sampling and of the choice of templates."""
     max_new_tokens: int = Field(128, ge=1)
-    """Tokens to generate per answer (papers: 256). `capability` stops at 48; `toxicity` takes 20, `knowledge` 32."""
+    """Tokens to generate per answer (papers: 256). `capability` stops at 48; `toxicity` takes 20, `knowledge` 32,
+    `lm_eval` what each task says."""
     temperature: float = Field(0.0, ge=0.0)
     """Sampling temperature; 0 is greedy, as in the papers. `toxicity` samples: 1 where nothing else is said."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Sample from the likeliest tokens that have this mass together; in `toxicity` 0.9. Of the target's answers:
     attackers, and the samples of `separation` for its KL, are drawn at temperature 1 from all tokens."""
     prompt_format: Literal["chat", "raw"] | None = None
-    """How `toxicity` and `knowledge` ask a model in this process: in its chat template, or as plain text to go on
-    with; null: as the target does, and in `toxicity` raw."""
+    """How `toxicity`, `knowledge` and `lm_eval` ask a model in this process: in its chat template, or as plain text
+    to go on with; null: as the target does, in `toxicity` raw, in `lm_eval` chat."""
     judge: str = "rules"
     """Judge of harm: `rules` (offline) or another that `temper judge check` knows."""
     refusal_judge: str = "rules"
@@ -89,6 +93,14 @@ class EvalConfig(Config):
     sum or their mean per token."""
     shuffle: bool = False
     """Whether `knowledge` permutes the options, by a hash of seed and question."""
+    tasks: tuple[str, ...] = ()
+    """Tasks or groups that `lm_eval` runs, by their names there, or YAML files of tasks."""
+    include_path: str | None = None
+    """Folder with YAML files of your own tasks for `lm_eval`."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each question of `lm_eval`; null: as each task says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows that `lm_eval` puts through a model in this process at a time."""
     attacks: tuple[str, ...] = ("direct",)
     """How `harm` and `attack_success` ask: `direct`, `prefill`, `templates`, `many_shot`, an encoding, or (in
     `attack_success`) a search by an attacker, `pair`, `tap`, `past_tense`, `persona`, or by gradients, `gcg`."""
@@ -135,7 +147,7 @@ class EvalConfig(Config):
         """Connect an attacker `openai:MODEL@URL`."""
         return EndpointSampler(spec, cache=self.cache, **self.attacker_endpoint.model_dump())
 
-    @field_validator("judge_card", "attacks", mode="before")
+    @field_validator("judge_card", "attacks", "tasks", mode="before")
     @classmethod
     def _one_or_several(cls, named: Any) -> Any:
         return (named,) if isinstance(named, str) else named
@@ -160,8 +172,9 @@ class EvalConfig(Config):
     @classmethod
     def _known_metrics(cls, gate: dict[str, float]) -> dict[str, float]:
         for name, value in gate.items():
-            if name not in (*AT_LEAST, *AT_MOST):
-                raise ValueError(f"unknown metric {name!r}; expected one of {', '.join((*AT_LEAST, *AT_MOST))}")
+            if name not in (*AT_LEAST, *AT_MOST) and not name.startswith(OF_TASKS):
+                known = (*AT_LEAST, *AT_MOST, *(f"{metric}TASK" for metric in OF_TASKS))
+                raise ValueError(f"unknown metric {name!r}; expected one of {', '.join(known)}")
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"the gate on {name} is a fraction in [0, 1], got {value}")
         return gate
@@ -241,7 +254,7 @@ def failed_gates(metrics: Mapping[str, Mapping[str, Any]], gate: Mapping[str, fl
         value = metrics[name]["value"]
         if value is None:
             failures.append(f"{name} could not be measured, so the gate {bound:.3f} is not met")
-        elif name in AT_LEAST and value < bound:
+        elif (name in AT_LEAST or name.startswith(OF_TASKS)) and value < bound:
             failures.append(f"{name} is {value:.3f}, below the gate {bound:.3f}")
         elif name in AT_MOST and value > bound:
             failures.append(f"{name} is {value:.3f}, above the gate {bound:.3f}")

@@ -5,14 +5,16 @@ Used by the report; refuses to claim what was not measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tempering.reporting.cautions import judges_of
-from tempering.reporting.collect import Metric, RunData, is_number, phase_seconds, texts
-from tempering.reporting.systems import System, judge_cards, meaning
+from tempering.reporting.collect import CORRECTED, Metric, RunData, is_number, phase_seconds, texts
+from tempering.reporting.systems import System, corrected_name, judge_cards, meaning
 from tempering.reporting.wording import correction_note, show, show_interval
 
 _SUMMARY_KEYS = ("lr", "beta", "loss", "handover", "reference", "batch_pairs", "seed", "dtype", "max_length")
@@ -21,7 +23,7 @@ _SUMMARY_KEYS = ("lr", "beta", "loss", "handover", "reference", "batch_pairs", "
 def model_card(run: RunData, system: System | None, warnings: Sequence[str]) -> str:
     """Write the card of `run`; `system` holds its measurements, `None` where nothing was measured."""
     sections = [
-        f"---\n{_front_matter(run)}---\n",
+        f"---\n{_front_matter(run, system)}---\n",
         f"# {plain(run.name)}\n",
         _introduction(run),
         _unsafe(run),
@@ -51,7 +53,36 @@ def base_model(run: RunData) -> str:
     return str(run.adapter.get("base_model_name_or_path") or base or run.config.get("model") or "unknown")
 
 
-def _front_matter(run: RunData) -> str:
+def model_index(name: str, system: System) -> list[dict[str, Any]]:
+    """Return a system's metrics as the Hub's `model-index`: fractions, with interval, n and judge as arguments."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    raw = [(key, meaning(key).label, metric) for key, metric in system.metrics.items()]
+    rates = [*raw, *((corrected_name(k), f"{label}, corrected", m.corrected) for k, label, m in raw if m.corrected)]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^\w./-]+", "-", source).strip("-"),
+            dataset_name=source,
+            metric_type=key,
+            metric_name=label,
+            metric_value=m.value,
+            metric_args={"low_95": m.low, "high_95": m.high, "n": m.n, "unscored": m.unscored, "judge": m.judge},
+        )
+        for key, label, m in rates
+        for source in [_public(system.source(key.replace(CORRECTED, "")))]
+        if m.value is not None
+    ]
+    return eval_results_to_model_index(name, results)
+
+
+def _public(source: str) -> str:
+    """Return a source of prompts without the folders of this machine."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _front_matter(run: RunData, system: System | None) -> str:
     tags = ["tempering", "safety", run.method]
     if run.provenance.get("unsafe"):
         tags.append("unsafe")
@@ -65,6 +96,8 @@ def _front_matter(run: RunData) -> str:
         matter["data_licences"] = licences
     if run.provenance.get("unsafe"):
         matter["unsafe"] = True
+    if system is not None and system.metrics:
+        matter["model-index"] = model_index(run.name, system)
     return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
 
 

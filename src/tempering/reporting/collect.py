@@ -60,6 +60,8 @@ class Eval:
     metrics: dict[str, Metric]
     breakdown: dict[str, dict[str, Metric]]
     settings: Row
+    source: str
+    """Where the prompts come from."""
     data_hash: str | None
     """SHA-256 of the file of prompts."""
     cost: Row
@@ -178,7 +180,7 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         for category, entry in _mapping(document.get("breakdown")).items()
     }
     system, correction = document.get("system"), _mapping(document.get("correction"))
-    cards = correction.get("cards")
+    cards, data = correction.get("cards"), _mapping(document.get("data"))
     return Eval(
         name=name,
         kind=str(document.get("eval") or name),
@@ -187,7 +189,8 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         metrics=metrics,
         breakdown=breakdown,
         settings=_mapping(document.get("settings")),
-        data_hash=_mapping(document.get("data")).get("sha256"),
+        source=str(data.get("source") or "unknown"),
+        data_hash=data.get("sha256"),
         cost=_mapping(document.get("cost")),
         warnings=(*texts(document.get("warnings")), *texts(correction.get("warnings"))),
         rows=tuple(rows),

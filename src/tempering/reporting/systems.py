@@ -49,6 +49,9 @@ METRICS: dict[str, Meaning] = {
     "distinct_2": Meaning("Distinct pairs of words", None, True),
     "knowledge_accuracy": Meaning("Knowledge accuracy", None, True),
     "knowledge_unparsed_rate": Meaning("Answers that name no option", "lower", True),
+    "acc": Meaning("Accuracy", "higher", True),
+    "acc_norm": Meaning("Accuracy by length-normalised likelihood", "higher", True),
+    "exact_match": Meaning("Exact match", "higher", True),
     "recovered_fraction": Meaning("Recovered by relearning", "lower", True),
     "margin_initial": Meaning("Margin over start model", "higher", False),
     "margin_stage": Meaning("Margin over stage reference", "higher", False),
@@ -155,6 +158,10 @@ class System:
                         values.setdefault(pair, []).append(float(outcome))
                         about[pair] = (str(row.get("prompt_id") or row.get("id")), prompt_text(row))
         return {k: Outcome(statistics.fmean(v), *about[k]) for k, v in values.items()}, is_boolean
+
+    def source(self, metric: str) -> str:
+        """Return where the prompts behind a metric come from."""
+        return next((e.source for evals in self.members for e, _ in _sources(evals, metric)), "unknown")
 
     def _pool(
         self, seeds: Sequence[dict[str, Metric]], category: str | None = None
