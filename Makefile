@@ -27,13 +27,13 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not interop"
 
-# lm-eval and Inspect, over the packages of .venv; Inspect needs older versions of two of those, which stay untouched.
+# lm-eval, Inspect and transformers' server, over the packages of .venv; Inspect needs older versions of two of those, which stay untouched.
 $(INTEROP_STAMP): $(STAMP)
 	$(PYTHON) -m venv $(INTEROP)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tempering-venv.pth
 	grep -v -e ^fsspec= -e ^python-dateutil= constraints.txt > $(INTEROP)/constraints.txt
-	$(INTEROP)/bin/pip install -q -c $(INTEROP)/constraints.txt 'setuptools>=77' lm_eval==0.4.13 inspect_ai==0.3.285 openai==3.54.0
+	$(INTEROP)/bin/pip install -q -c $(INTEROP)/constraints.txt 'setuptools>=77' lm_eval==0.4.13 inspect_ai==0.3.285 openai==3.54.0 'transformers[serving]'
 	touch $(INTEROP_STAMP)
 
 test-interop: $(INTEROP_STAMP)

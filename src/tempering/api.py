@@ -152,7 +152,7 @@ def _eval_config(evals: Sequence[str], settings: dict[str, Any]) -> EvalConfig:
 
 
 def _connect(target: str, config: EvalConfig) -> Sampler:
-    return config.ask_target(target) if target.startswith("openai:") else load(target)
+    return config.ask_target(target) if target.startswith("openai:") else load(target, dtype=config.dtype)
 
 
 def _eval_folder(reference: str, evals: list[str], config: EvalConfig, out: str | Path | None) -> Path:

@@ -123,12 +123,12 @@ def eval_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a target: harm, attack_success, over_refusal, capability, toxicity, knowledge,
-    lm_eval, separation, depth.
+    """Measure harm, over_refusal, capability, attack_success, toxicity, knowledge, separation, depth, lm_eval.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
-    where a limit is not met, or the metric not measured). Of lm_eval: tasks=[NAME,...] num_fewshot=N include_path=DIR. --keys lists all.
+    where a limit is not met, or the metric not measured); of lm_eval: tasks=[NAME,...] num_fewshot=N
+    include_path=DIR. --keys lists all.
 
     Of endpoints (docs/endpoints.md): cache=DIR, and for the target endpoint.KEY=VALUE, for judges
     judge_endpoint.KEY=VALUE, where KEY is api_key_env, concurrency, timeout_s, retries, backoff_s, max_wait_s,

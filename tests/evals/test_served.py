@@ -13,7 +13,7 @@ from tempering.core.run import Run
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.interop
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streamed"])
 def test_a_model_behind_transformers_serve_gets_the_same_verdicts(tiny_model_dir, tmp_path, stream):
     for needed in ("fastapi", "uvicorn", "openai"):

@@ -221,8 +221,8 @@ class Answers:
         for key, places in batches.items():
             repeat, settings = json.loads(key)
             groups = self._ask([requests[i].args[0] for i in places], self.seed + repeat, settings, on_done)
+            self.cost.add(groups)
             for place, (answer,) in zip(places, groups, strict=True):
-                self.cost.completion_tokens += len(answer.token_ids)
                 if answer.finish == "error":
                     self.failed[requests[place].task_name, requests[place].doc_id] = str(answer.error)
                 texts[place] = cut(answer.text, settings.get("until") or ())

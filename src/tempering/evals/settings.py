@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from tempering.attacks import KNOWN
 from tempering.core.config import Config
 from tempering.core.endpoint import EndpointConfig, EndpointSampler
+from tempering.core.loading import Dtype
 from tempering.core.records import Prompt, content_id, prompt_from_row
 from tempering.data.describe import licences_of, sha256_of
 from tempering.data.files import bundled, read_records
@@ -71,6 +72,8 @@ class EvalConfig(Config):
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Sample from the likeliest tokens that have this mass together; in `toxicity` 0.9. Of the target's answers:
     attackers, and the samples of `separation` for its KL, are drawn at temperature 1 from all tokens."""
+    dtype: Dtype = "auto"
+    """Number format in which a target in this process computes."""
     prompt_format: Literal["chat", "raw"] | None = None
     """How `toxicity`, `knowledge` and `lm_eval` ask a model in this process: in its chat template, or as plain text
     to go on with; null: as the target does, in `toxicity` raw, in `lm_eval` chat."""
