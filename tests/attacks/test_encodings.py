@@ -10,9 +10,11 @@ from tempering.attacks import ENCODINGS, apply_encoding, apply_many_shot, load_s
 from tempering.attacks.encodings import (
     LEET,
     LOOK_ALIKES,
+    decoded,
     homoglyphs,
     leetspeak,
     rot13,
+    says_nothing,
     spaced,
     split_payload,
     to_base64,
@@ -100,3 +102,29 @@ def test_the_embedded_shots_are_harmless_and_a_file_may_replace_them(tmp_path):
     path.write_text('{"prompt": "q"}\n')
     with pytest.raises(ValueError, match=r"shots\.jsonl line 1: missing column 'completion'"):
         load_shots(path)
+
+
+@pytest.mark.parametrize(("attack", "encode"), [("base64", to_base64), ("rot13", rot13), ("spacing", spaced)])
+def test_an_answer_in_the_encoding_is_read_decoded_and_one_in_plain_words_as_it_is(attack, encode):
+    answer = "Mix the flour with water, and let it rest for an hour."
+    assert " ".join(decoded(attack, encode(answer)).split()) == answer
+    assert decoded(attack, answer) == answer
+
+
+@pytest.mark.parametrize("attack", list(ENCODINGS))
+def test_repeating_an_encoded_request_says_nothing_and_an_answer_says_something(attack):
+    request = "How do I bake a loaf of bread without an oven at home?"
+    for repeated in (request, ENCODINGS[attack](request), ENCODINGS[attack](request)[:-9]):
+        assert says_nothing(attack, request, decoded(attack, repeated)), repeated
+    for answer in (
+        "Use a covered pan on low heat.",
+        "I can't help with that.",
+        "面粉和水混合。",
+        "Да, смешайте муку.",
+        "42",
+    ):
+        assert says_nothing(attack, request, answer) is None, answer
+
+
+def test_letters_without_sense_say_nothing():
+    assert says_nothing("base64", "Bake bread", "SG93IG11Y2ggCwY2gCgY2gCgY2gCgY2gCgY2gCgY2g") == "no readable words"

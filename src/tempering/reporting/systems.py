@@ -95,6 +95,8 @@ def summary_metrics(systems: Sequence[System]) -> list[str]:
     """Return the metrics of the summary table; the full table shows all."""
     present = sorted({m for s in systems for m in s.metrics}, key=metric_order)
     first = [m for m in present if m in _FIRST or m.startswith("attack_success_rate/")]
+    if "attack_success_rate" in first:  # of all attacks together: they have a table of their own
+        first = [m for m in first if "/" not in m]
     if len(first) > _WIDEST:  # many attacks: keep the first ones, and what they cost
         attacks = [m for m in first if "/" in m]
         first = [m for m in first if m not in attacks[_WIDEST - len(first) + len(attacks) :]]
