@@ -100,33 +100,7 @@ _LETTERS = re.compile(r"[^\W\d_]{2,}")
 _SPACED = re.compile(r"(?<!\S)\S(?: \S)+(?!\S)")
 _UNREADABLE = re.compile(r"[A-Za-z0-9+/=]{25,}")
 _COMMON = frozenset(
-    [
-        "the",
-        "of",
-        "to",
-        "and",
-        "a",
-        "in",
-        "is",
-        "that",
-        "for",
-        "it",
-        "you",
-        "with",
-        "on",
-        "be",
-        "as",
-        "this",
-        "are",
-        "or",
-        "by",
-        "your",
-        "from",
-        "not",
-        "can",
-        "do",
-        "i",
-    ]
+    ["the", "of", "to", "and", "a", "in", "is", "that", "for", "it", "you", "with", "on", "be", "as", "this", "are"]
 )
 
 
