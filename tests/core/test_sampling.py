@@ -31,6 +31,16 @@ def test_same_seed_same_text_at_batch_1_and_8(sampler, temperature, n):
     assert [[c.index for c in group] for group in one] == [list(range(n))] * 8
 
 
+def test_long_prompts_go_in_smaller_batches_and_answer_the_same(tiny_policy):
+    policy, sizes = tiny_policy(), []
+    small = LocalSampler(policy, batch_tokens=100)
+    generate = small._generate
+    small._generate = lambda rows, *rest: sizes.append((len(rows), max(map(len, rows)) + 12)) or generate(rows, *rest)
+    asked = [*prompts(), Prompt(as_messages("stone river " * 60))]
+    assert ids(small(asked, max_new_tokens=12)) == ids(LocalSampler(policy)(asked, max_new_tokens=12))
+    assert all(rows == 1 or rows * width <= 100 for rows, width in sizes) and len(sizes) > 2
+
+
 def test_order_of_the_prompts_changes_nothing(sampler):
     settings = {"n": 2, "temperature": 1.0, "max_new_tokens": 10, "seed": 3}
     forwards, backwards = sampler(5)(prompts(), **settings), sampler(5)(prompts()[::-1], **settings)

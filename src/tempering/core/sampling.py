@@ -6,7 +6,7 @@ Used by evals, attacks, judges and methods; refuses to know what the answers are
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,10 @@ from tempering.core.loading import Dtype, quiet_libraries
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
 from tempering.core.records import Completion, Finish, Prompt
+
+
+Job = tuple[int, int]
+"""(place of the prompt, index of the sample)"""
 
 
 class Sampler(Protocol):
@@ -100,9 +104,15 @@ class LocalSampler:
     """
 
     def __init__(
-        self, policy: Policy, *, batch_rows: int = 64, fmt: PromptFormat = "chat", name: str | None = None
+        self,
+        policy: Policy,
+        *,
+        batch_rows: int = 64,
+        batch_tokens: int = 16_384,
+        fmt: PromptFormat = "chat",
+        name: str | None = None,
     ) -> None:
-        self.policy, self.batch_rows, self.fmt = policy, batch_rows, fmt
+        self.policy, self.batch_rows, self.batch_tokens, self.fmt = policy, batch_rows, batch_tokens, fmt
         self.name = name or policy.source.reference
 
     def __call__(
@@ -126,8 +136,7 @@ class LocalSampler:
         order = sorted(jobs, key=lambda job: (len(ids[job[0]]), prompts[job[0]].id, job[1]))
         out: list[list[Completion]] = [[] for _ in prompts]
         left = [n] * len(prompts)
-        for start in range(0, len(order), self.batch_rows):
-            batch = order[start : start + self.batch_rows]
+        for batch in self._batches(order, lambda job: len(ids[job[0]]) + max_new_tokens):
             keys = [(seed, prompts[p].id, i) for p, i in batch]
             rows = self._generate([ids[p] for p, _ in batch], keys, max_new_tokens, temperature, top_p)
             for (p, i), tokens in zip(batch, rows, strict=True):
@@ -136,6 +145,17 @@ class LocalSampler:
             if on_done:
                 on_done(len({p for p, _ in batch if left[p] == 0}))
         return [sorted(group, key=lambda c: c.index) for group in out]
+
+    def _batches(self, jobs: Sequence[Job], length: Callable[[Job], int]) -> Iterator[list[Job]]:
+        """Cut jobs, the shortest first, where a batch would pass `batch_rows` rows or `batch_tokens` tokens."""
+        batch: list[Job] = []
+        for job in jobs:
+            if batch and (len(batch) == self.batch_rows or (len(batch) + 1) * length(job) > self.batch_tokens):
+                yield batch
+                batch = []
+            batch.append(job)
+        if batch:
+            yield batch
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
         """Return (summed log-probability in nats, tokens) of each given completion, end of turn not counted."""

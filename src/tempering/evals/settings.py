@@ -46,6 +46,7 @@ HOW_ASKED = {"endpoint", "judge_endpoint", "attacker_endpoint", "cache", "judge_
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "prompt_format": "raw"},
     "knowledge": {"max_new_tokens": 32},
+    "attack_success": {"max_new_tokens": 64},
 }
 """Eval -> defaults that differ from those of `EvalConfig`: toxicity is measured on samples, as in its papers."""
 
@@ -66,7 +67,7 @@ class EvalConfig(Config):
     """Seed of sampling and of the choice of templates."""
     max_new_tokens: int = Field(128, ge=1)
     """Tokens to generate per answer (papers: 256). `capability` stops at 48; `toxicity` takes 20, `knowledge` 32,
-    `lm_eval` what each task says."""
+    `attack_success` 64, `lm_eval` what each task says."""
     temperature: float = Field(0.0, ge=0.0)
     """Sampling temperature; 0 is greedy, as in the papers. `toxicity` samples: 1 where nothing else is said."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
