@@ -20,7 +20,6 @@ from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
 from tempering.core.records import Completion, Finish, Prompt
 
-
 Job = tuple[int, int]
 """(place of the prompt, index of the sample)"""
 
