@@ -46,7 +46,7 @@ def demo(items: Overrides = None, resume: Resume = False, as_json: AsJson = Fals
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="staged_competence or sft.")],
+    method: Annotated[str, typer.Argument(help="staged_competence, deliberative or sft.")],
     items: Overrides = None,
     config: Recipe = None,
     resume: Resume = False,
@@ -65,6 +65,8 @@ def train(
     temper train staged_competence -c tiny out=runs/tiny curriculum.stages=2
 
     temper train staged_competence -c compare out=runs/compare --resume
+
+    temper train deliberative -c demo out=runs/deliberative
 
     temper train staged_competence --keys
     """

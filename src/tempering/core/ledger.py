@@ -42,6 +42,11 @@ class Answer(NamedTuple):
     text: str
     finish: Finish
     error: str | None = None
+    reasoning: str = ""
+    """What the server told apart from the text as the model's reasoning."""
+    used: Tokens | None = None
+    """What the try that gave it took."""
+    seconds: float | None = None
 
 
 def tokens_at_most(messages: Sequence[Mapping[str, str]], max_tokens: int) -> Tokens:
@@ -122,7 +127,13 @@ class Ledger:
                     row = json.loads(line)
                     self._filed = self._filed.plus(Tokens(*row["tokens"]))
                     if "text" in row:
-                        self.answers[row["key"]] = Answer(row["text"], row["finish"])
+                        reasoning, used, seconds = (
+                            row.get("reasoning", ""),
+                            Tokens(*row["tokens"]),
+                            row.get("seconds"),
+                        )
+                        known = Answer(row["text"], row["finish"], None, reasoning, used, seconds)
+                        self.answers[row["key"]] = known
                 except (ValueError, KeyError, TypeError):
                     continue  # blank, or torn by a kill
             self.spent = self._filed
@@ -160,7 +171,10 @@ class Ledger:
             self._settled.notify_all()
             if self.path is None or (answer is None and used == NONE):
                 return
-            said = {} if answer is None else {"text": answer.text, "finish": answer.finish}
+            said: dict[str, Any] = {}
+            if answer is not None:
+                told = {"reasoning": answer.reasoning, "seconds": answer.seconds}
+                said = {"text": answer.text, "finish": answer.finish, **{k: v for k, v in told.items() if v}}
             self._append({**row, **said, "tokens": list(used)})
             if answer is not None:
                 self.answers[row["key"]] = answer
