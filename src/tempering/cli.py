@@ -247,7 +247,7 @@ def chat(
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
 
-    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT.
+    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT cot=false.
 
     Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
     """

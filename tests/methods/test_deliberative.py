@@ -1,11 +1,17 @@
+import io
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tempering.api import load
+from tempering.cli import run
 from tempering.core.config import build
 from tempering.core.policy import Policy, load_tensors
 from tempering.core.records import Completion, Prompt, Thought, Usage, Verdict
@@ -575,7 +581,7 @@ def test_reinforcement_learns_a_planted_reward_and_a_control_does_not(tmp_path, 
 
     monkeypatch.setattr(deliberative, "load_judges", load)
     rows = [{"prompt": c, "categories": ["privacy"]} for c in "abcd"]
-    grpo = {"steps": 12, "prompts": 4, "group": 8, "max_new_tokens": 30, "lr": 5e-3}
+    grpo = {"steps": 25, "prompts": 4, "group": 8, "max_new_tokens": 30}
     fields = {"teacher": {"model": "smollm2", "draws": 2}, "epochs": 60, "batch_rows": 8, "lr": 1e-2}
     model = tiny_model_dir("llama", scale=30.0)  # large output embeddings: it can be sure of a token
 
@@ -585,8 +591,8 @@ def test_reinforcement_learns_a_planted_reward_and_a_control_does_not(tmp_path, 
         found = [row["reward"] for row in run.read_rows("metrics.jsonl") if row["stage"] == "grpo"]
         return sum(found[:2]) / 2, sum(found[-3:]) / 3
 
-    before, after = reward_of("learns", 2e-2)
-    assert 0.2 < before < 0.8 and after > 0.95
+    before, after = reward_of("learns", 6e-3)
+    assert 0.2 < before < 0.7 and after > 0.8
     before, after = reward_of("control", 1e-9)
     assert 0.2 < before < 0.8 and 0.2 < after < 0.8
 
@@ -722,7 +728,7 @@ def test_a_run_interrupted_while_collecting_ends_with_the_same_bytes(config, mon
     ],
 )
 def test_a_wrong_setting_names_field_and_remedy(config, fields, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(ValueError) as error:
         config(**fields)
     assert message in str(error.value)
 
@@ -776,3 +782,72 @@ def test_a_dry_run_of_an_endpoint_tells_the_price_and_asks_nobody(config):
     facts = deliberative.dry_run(config(teacher=teacher))
     assert facts["completion_tokens_at_most"] == 800
     assert facts["cost_at_most"] == pytest.approx((facts["prompt_tokens_about"] + 1600) / 1e6)
+
+
+# --- from the command line ----------------------------------------------------------------------------
+
+
+def command(cfg, *more):
+    given = [
+        f"{key}={json.dumps(value)}" for key, value in cfg.model_dump(mode="json", exclude_defaults=True).items()
+    ]
+    return ["train", "deliberative", *given, *more]
+
+
+def test_the_command_trains_and_its_run_is_a_target(config, capfd, monkeypatch):
+    cfg = config()
+    assert run(["train", "deliberative", "--keys"]) == 0
+    assert "teacher.max_cost" in capfd.readouterr().out
+    assert run([*command(cfg), "--dry-run", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["requests"] == 8 and not Path(cfg.out).exists()
+    assert run(command(cfg)) == 0
+    assert run(command(cfg)) == 2 and "--resume" in capfd.readouterr().err
+    held = ["limit=2", "max_new_tokens=4"]
+    assert run(["eval", cfg.out, "harm", "over_refusal", "attacks=[direct,prefill]", *held]) == 0
+    rows = Run(Path(cfg.out)).read_rows("evals/harm.jsonl")
+    assert len(rows) == 4
+    assert run(["redteam", cfg.out, "attacks=[direct,templates]", f"out={cfg.out}-red", *held]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert run(["chat", cfg.out, "max_new_tokens=4", "cot=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["teacher.modle=x"], "did you mean 'teacher.model'"),
+        (["teacher.max_cost=1"], "openai:MODEL@URL"),
+        (["policies=none.yaml"], "policies none.yaml: no such file"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["grpo.steps=-1"], "grpo.steps"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(settings, message, tiny_model_dir, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert run(["train", "deliberative", f"model={tiny_model_dir('llama')}", f"out={out}", *settings]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error and not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["data/candidates.jsonl", "metrics.jsonl", "data/rollouts.jsonl"])
+def test_a_process_killed_at_any_stage_ends_with_the_same_bytes(config, file):
+    """kill -9 as soon as the stage has written something: in collection, in SFT, in reinforcement."""
+    rows = [
+        {**records()[i % 8], "messages": [{"role": "user", "content": f"{i}? {ROWS[i % 8][0]}"}]} for i in range(90)
+    ]
+    fields = {"epochs": 1, "grpo": {**GRPO, "steps": 6, "baseline": "none", "scale": "none"}, "checkpoint_every": 4}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(cfg, *more):
+        return subprocess.Popen([sys.executable, "-m", "tempering.cli", *command(cfg), *more], env=environment)
+
+    want, got = config(rows, name="want", **fields), config(rows, name="got", **fields)
+    assert start(want).wait() == 0
+    process = start(got)
+    while process.poll() is None and not (Path(got.out) / file).exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (Path(got.out) / "DONE").exists()
+    assert start(got, "--resume").wait() == 0
+    same_run(Run(Path(want.out)), Run(Path(got.out)))

@@ -108,7 +108,7 @@ def reinforce(
             before = None if has_updated or not samples else policy.adapter_hash([ADAPTER])
             result = optimisation.step(t) if samples else None
             has_updated = has_updated or bool(samples)
-            if before is not None and before == policy.adapter_hash([ADAPTER]):
+            if before and result and result.grad_norm and before == policy.adapter_hash([ADAPTER]):
                 raise RuntimeError("the first step of reinforcement has not changed the adapter; raise grpo.lr")
             tokens_done += sum(lengths)
             watch.add("reinforcement", time.monotonic() - began, sum(lengths))
