@@ -581,20 +581,22 @@ def test_reinforcement_learns_a_planted_reward_and_a_control_does_not(tmp_path, 
 
     monkeypatch.setattr(deliberative, "load_judges", load)
     rows = [{"prompt": c, "categories": ["privacy"]} for c in "abcd"]
-    grpo = {"steps": 25, "prompts": 4, "group": 8, "max_new_tokens": 30}
+    grpo = {"steps": 8, "prompts": 4, "group": 8, "max_new_tokens": 30}
     fields = {"teacher": {"model": "smollm2", "draws": 2}, "epochs": 60, "batch_rows": 8, "lr": 1e-2}
     model = tiny_model_dir("llama", scale=30.0)  # large output embeddings: it can be sure of a token
 
-    def reward_of(name, lr):
+    def safe_share(name, lr):  # of the well-formed answers: so small a model never gets sure of the form
         made = make(tmp_path, model, rows, name, grpo={**grpo, "lr": lr}, **fields)
         run = deliberative.train(made, teacher=teacher)
-        found = [row["reward"] for row in run.read_rows("metrics.jsonl") if row["stage"] == "grpo"]
-        return sum(found[:2]) / 2, sum(found[-3:]) / 3
+        found = [row for row in run.read_rows("metrics.jsonl") if row["stage"] == "grpo"]
+        return [
+            sum(r["reward"] for r in part) / sum(r["well_formed"] for r in part) for part in (found[:1], found[-4:])
+        ]
 
-    before, after = reward_of("learns", 6e-3)
-    assert 0.2 < before < 0.7 and after > 0.8
-    before, after = reward_of("control", 1e-9)
-    assert 0.2 < before < 0.8 and 0.2 < after < 0.8
+    before, after = safe_share("learns", 6e-3)
+    assert 0.2 < before < 0.7 and after > 0.9
+    same, control = safe_share("control", 1e-9)
+    assert same == before and 0.2 < control < 0.7
 
 
 def test_reinforcement_goes_on_with_the_same_adapter_and_leaves_what_sft_made(config, monkeypatch):
