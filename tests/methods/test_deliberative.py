@@ -4,7 +4,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -328,6 +330,68 @@ def test_a_teacher_or_a_judge_that_is_down_stops_and_writes_nothing(config, regi
             FakeJudge(lambda p, t: None), FakeJudge(lambda p, t: None), None, False
         ))  # fmt: skip
     assert not run.has(CANDIDATES) or not run.read_rows(CANDIDATES)
+
+
+@pytest.fixture
+def endpoint():
+    """A loopback teacher that tells its reasoning apart and what it used; `asked` holds what it was sent."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message = {"reasoning_content": "privacy", "content": "I can't help with that."}
+            usage = {"prompt_tokens": 3000, "completion_tokens": 500}
+            reply = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+            content = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"openai:m@http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_cap_stops_the_teacher_and_a_higher_one_goes_on_without_paying_twice(config, endpoint, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    target, asked = endpoint
+    rows = [{k: v for k, v in row.items() if k != "decision"} for row in records()]
+    teacher = {
+        "model": target,
+        "price_per_mtok": {"in": 1, "out": 1},
+        "max_new_tokens": 100,
+        "endpoint": {"concurrency": 1},
+    }
+    fields = {"filter": {"spec": None, "guard": "rules"}, "epochs": 1}
+    with pytest.raises(RuntimeError, match=r"teacher.max_cost: .* of 8 candidates are there"):
+        deliberative.train(config(rows, teacher={**teacher, "max_cost": 0.02}, **fields))
+    done = len(asked)
+    assert 0 < done < 8
+    run = deliberative.train(config(rows, teacher={**teacher, "max_cost": 1.0}, **fields), resume=True)
+    found = run.provenance["collection"]
+    assert len(asked) == 8 == found["calls"]
+    assert found["cost"] == pytest.approx(8 * 3500e-6) and found["completion_tokens"] == 4000
+    assert run.config["teacher"]["max_cost"] == 1.0
+    candidates = run.read_rows(CANDIDATES)
+    assert [c["prompt_id"] for c in candidates] == [r["prompt_id"] for r in sorted(candidates, key=_order(rows))]
+    assert {(c["cot"], c["status"]) for c in candidates} == {("privacy", "ok")}
+    policy = load_registry().categories["privacy"].disallowed[0]
+    assert any(policy in body["messages"][0]["content"] for body in asked)
+
+
+def _order(rows):
+    ids = [Prompt(tuple(row["messages"])).id for row in rows]
+    return lambda candidate: ids.index(candidate["prompt_id"])
 
 
 # --- the filter ---------------------------------------------------------------------------------------
