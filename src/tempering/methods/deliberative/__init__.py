@@ -28,6 +28,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ from tempering.core.training import (
 from tempering.data.describe import inputs_of, licences_of
 from tempering.data.files import read_records, training_file
 from tempering.data.policies import Registry, load_registry, policy_text
-from tempering.methods.deliberative.collection import CANDIDATES, candidate_key, collect, costs, tally
+from tempering.methods.deliberative.collection import CANDIDATES, collect, costs, require_replies, tally
 from tempering.methods.deliberative.judging import Judges, load_judges
 from tempering.methods.deliberative.prompts import (
     Item,
@@ -72,7 +73,7 @@ from tempering.methods.deliberative.reinforcement import (
     reinforcement_plan,
     require_trainable,
 )
-from tempering.methods.deliberative.settings import DeliberativeConfig
+from tempering.methods.deliberative.settings import RECORDS, DeliberativeConfig
 
 METHOD = "deliberative"
 SFT_ROWS = "data/sft.jsonl"
@@ -128,6 +129,8 @@ def prepare(config: DeliberativeConfig) -> Inputs:
             items[prompt.id] = item
     if not items:
         raise ValueError(f"{config.data.train}: no usable request is left ({dropped})")
+    if config.teacher.model == RECORDS:
+        require_replies(config, list(items.values()))
     return Inputs(registry, list(items.values()), dropped)
 
 
@@ -176,16 +179,12 @@ def train(
     Run.require_free(config.out, resume)
     inputs = prepare(config)
     require_one_process(config)
+    filtering, rewarding = stage_judges(config, inputs.registry)
     run = Run.create(config.out, METHOD, config, resume=resume, may_differ=MAY_DIFFER)
     if run.is_done:
         say(f"{run.root} is done already")
         return run
     run.require_inputs(content_id(inputs.registry.digest, [_facts(i) for i in inputs.items]), config.data.train)
-    connect = _connector(config, run)
-    filtering = load_judges(config.filter, inputs.registry, connect, config.filter.runs)
-    rewarding = (
-        load_judges(config.grpo, inputs.registry, connect, config.filter.runs) if config.grpo.steps != 0 else None
-    )
     watch = Stopwatch()
     with watch.timed("collection"):
         candidates = collect(config, inputs.items, inputs.registry, filtering, run, teacher)
@@ -273,6 +272,22 @@ def distil(
     return len(plan)
 
 
+def stage_judges(config: DeliberativeConfig, registry: Registry) -> tuple[Judges, Judges | None]:
+    """Make the judges that filter, and those that reward where there is reinforcement.
+
+    Raises:
+        ValueError: a judge that is not known, or cannot answer the question.
+    """
+
+    def connect(spec: str) -> EndpointSampler:
+        return EndpointSampler(spec, cache=Path(config.out) / "cache", **config.judge_endpoint.model_dump())
+
+    filtering = load_judges(config.filter, registry, connect, config.filter.runs)
+    if config.grpo.steps == 0:
+        return filtering, None
+    return filtering, load_judges(config.grpo, registry, connect, config.filter.runs)
+
+
 def require_one_process(config: DeliberativeConfig) -> None:
     """Refuse a launcher's further processes: collection and reinforcement are not shared between them.
 
@@ -341,9 +356,7 @@ def dry_run(config: DeliberativeConfig) -> dict[str, Any]:
             if config.teacher.price_per_mtok
             else None,
         }
-    load_judges(config.filter, inputs.registry, EndpointSampler, config.filter.runs)
-    if grpo.steps != 0:
-        load_judges(grpo, inputs.registry, EndpointSampler, config.filter.runs)
+    stage_judges(config, inputs.registry)
     for name, value in facts.items():
         say(f"{name.replace('_', ' ')}: {value}")
     say("nothing was asked and nothing was written")
@@ -368,6 +381,7 @@ def provenance(
         "model": policy.source.to_row(),
         "base_fingerprint": policy.base_fingerprint(),
         "device": str(policy.device),
+        "dtype": str(policy.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "inputs": {k: v for source in sources for k, v in inputs_of(source).items()},
         "policies": {
@@ -399,12 +413,4 @@ def _facts(item: Item) -> list[Any]:
     return [*item.prompt.messages, item.prompt.id, item.categories, item.cot, item.answer, item.decision]
 
 
-def _connector(config: DeliberativeConfig, run: Run) -> Any:
-    def connect(spec: str) -> EndpointSampler:
-        settings = config.judge_endpoint.model_dump()
-        return EndpointSampler(spec, cache=run.path("cache/x").parent, **settings)
-
-    return connect
-
-
-__all__ = ["CONFIG", "METHOD", "candidate_key", "dry_run", "sampler", "train"]
+__all__ = ["CONFIG", "METHOD", "dry_run", "sampler", "train"]

@@ -33,22 +33,30 @@ def load_teacher(config: DeliberativeConfig, items: Sequence[Item], run: Run) ->
     """Make the teacher: records replayed, an endpoint with its cache in the run, or a model in this process.
 
     Raises:
-        ValueError, FileNotFoundError: it is not to be had; of `records`, a row holds no reasoning and answer.
+        ValueError, FileNotFoundError: it is not to be had.
     """
     teacher = config.teacher
     if teacher.model == RECORDS:
         replies = {item.prompt.id: item.reply for item in items}
-        if missing := [i for i, reply in replies.items() if reply is None]:
-            raise ValueError(
-                f"{config.data.train}: {len(missing)} of {len(replies)} rows hold no 'cot' and 'answer' (the first "
-                f"is id {missing[0]}); add them, or name a teacher, as in teacher=openai:MODEL@URL"
-            )
         return ScriptedSampler(lambda prompt, _: replies[prompt.extra["prompt_id"]] or "", name=RECORDS)
     if teacher.is_endpoint:
         return EndpointSampler(teacher.model, cache=run.path("cache/x").parent, **teacher.endpoint_settings)
     dtype: Dtype = config.dtype
     policy = Policy.load(teacher.model, dtype=dtype)
     return LocalSampler(policy, batch_rows=config.sample_rows, thinks=True, name=teacher.model)
+
+
+def require_replies(config: DeliberativeConfig, items: Sequence[Item]) -> None:
+    """Refuse records without reasoning and answer where these are to be replayed.
+
+    Raises:
+        ValueError: how many, and the first of them.
+    """
+    if missing := [item.prompt.id for item in items if item.reply is None]:
+        raise ValueError(
+            f"{config.data.train}: {len(missing)} of {len(items)} rows hold no 'cot' and 'answer' (the first is id "
+            f"{missing[0]}); add them, or name a teacher, as in teacher=openai:MODEL@URL"
+        )
 
 
 def sampling_of(config: DeliberativeConfig) -> dict[str, Any]:
