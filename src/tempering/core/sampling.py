@@ -163,7 +163,7 @@ class LocalSampler:
         groups: list[list[Encoded]] = []
         owners: list[int] = []
         for p, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
-            start = self._ids(prompt)
+            start = self.prompt_ids(prompt)
             answers = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             kept = start[-(limit - max(map(len, answers))) :]
             rows = policy.groups([Encoded(kept + answer, len(kept)) for answer in answers])
@@ -175,14 +175,15 @@ class LocalSampler:
             out[p] += scores
         return out
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that an answer to this prompt continues."""
         if self.thinks:
             return think_prompt(self.policy.tokenizer, prompt.messages)
         return encode_prompt(self.policy.tokenizer, prompt.messages, self.fmt)
 
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         try:
-            ids = self._ids(prompt)
+            ids = self.prompt_ids(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id}: {error}") from error
         limit = _context(self.policy)
