@@ -14,7 +14,8 @@ import torch
 from jaxtyping import install_import_hook
 
 # Before anything imports them: annotated shapes are checked in tests, and cost nothing elsewhere.
-install_import_hook(("tempering.core.preference", "tempering.core.logprobs"), "beartype.beartype")
+CHECKED = ("preference", "logprobs", "policy_gradient", "activations")
+install_import_hook([f"tempering.core.{name}" for name in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(1)
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "methods": {"core", "data", "judges", "methods"},
     "reporting": {"core", "reporting"},
 }
-LEAVES = {"records", "preference", "stats"}
+LEAVES = {"records", "preference", "policy_gradient", "stats"}
 
 
 def layer(path: Path) -> str:

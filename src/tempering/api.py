@@ -41,10 +41,14 @@ def method_module(name: str) -> ModuleType:
         from tempering.methods import staged_competence
 
         return staged_competence
+    if name == "deliberative":
+        from tempering.methods import deliberative
+
+        return deliberative
     raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
 
 
-METHODS = ("sft", "staged_competence")
+METHODS = ("sft", "staged_competence", "deliberative")
 
 
 def train(

@@ -6,6 +6,7 @@ import io
 import sys
 
 from pydantic import Field
+from rich.markup import escape
 
 from tempering.api import load
 from tempering.core.config import Config
@@ -26,6 +27,8 @@ class ChatConfig(Config):
     """Of sampling."""
     system: str | None = None
     """System prompt."""
+    cot: bool = False
+    """Print the reasoning too, where the target thinks before it answers; on stderr."""
 
 
 def run_chat(target: str, config: ChatConfig) -> None:
@@ -54,5 +57,7 @@ def run_chat(target: str, config: ChatConfig) -> None:
         )  # fmt: skip
         if answer.finish == "error":
             raise RuntimeError(f"{sampler.name}: {answer.error}")
+        if config.cot and answer.thought is not None:
+            say(f"[dim]{escape(answer.thought.text)}[/]")
         print(answer.text, flush=True)
         turns.append({"role": "assistant", "content": answer.text})

@@ -68,7 +68,7 @@ def demo(items: Overrides = None, resume: Resume = False, as_json: AsJson = Fals
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="staged_competence or sft.")],
+    method: Annotated[str, typer.Argument(help="staged_competence, deliberative or sft.")],
     items: Overrides = None,
     config: Recipe = None,
     resume: Resume = False,
@@ -87,6 +87,8 @@ def train(
     temper train staged_competence -c tiny out=runs/tiny curriculum.stages=2
 
     temper train staged_competence -c compare out=runs/compare --resume
+
+    temper train deliberative -c demo out=runs/deliberative
 
     temper train staged_competence --keys
     """
@@ -255,7 +257,7 @@ def chat(
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
 
-    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT.
+    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT cot=false.
 
     Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
     """

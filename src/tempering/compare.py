@@ -16,7 +16,7 @@ from tempering.core.loading import Dtype
 from tempering.core.policy import Policy
 from tempering.core.progress import say
 from tempering.core.run import Run
-from tempering.core.sampling import LocalSampler
+from tempering.core.sampling import local_sampler
 
 BASE = "base"
 NEED_PAIRS = ("separation", "depth")
@@ -101,7 +101,7 @@ def run_compare(config: CompareConfig, method: str, *, resume: bool = False) -> 
                     continue  # the start model against itself
                 given.setdefault("data", str(folder / "data" / "heldout.jsonl"))
             if not Run(folder).has(f"evals/{step.eval}.json"):
-                sampler = LocalSampler(policy, name=config.model if module is None else str(folder))
+                sampler = local_sampler(policy, name=config.model if module is None else str(folder))
                 evaluate(sampler, [step.eval], out=folder, resume=True, system=name, **given)
         if module is None:
             Run(folder).write_provenance(method="base", judges=[], unsafe=False)

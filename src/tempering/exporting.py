@@ -12,6 +12,7 @@ from torch import Tensor
 from tempering.core.config import Config
 from tempering.core.policy import Policy
 from tempering.core.progress import say
+from tempering.core.sampling import THINK_TOKENS
 from tempering.reporting.inspect_logs import write_inspect_logs
 
 
@@ -48,7 +49,8 @@ def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
         say(f"rank {config.rank}: largest relative error of a layer's update {facts['relative_error']:.2e}")
     if config.format == "merged":
         policy.merge()
-    policy.export(Path(config.out), {"exported_from": reference})
+    kept = {key: policy.lineage[key] for key in (THINK_TOKENS,) if key in policy.lineage}
+    policy.export(Path(config.out), {"exported_from": reference, **kept})
     if config.format == "adapter":
         rank = policy.combined_adapter()[0].r
         allowed = max(8, 1 << (rank - 1).bit_length())

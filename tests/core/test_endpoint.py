@@ -563,3 +563,28 @@ def test_tries_that_may_have_been_charged_count(serve):
 def test_a_budget_without_prices_is_refused():
     with pytest.raises(ValueError, match="price_in and price_out"):
         EndpointSampler("openai:m@http://host/v1", budget=1)
+
+
+@pytest.mark.parametrize("column", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_reasoning_told_apart_is_a_thought_and_is_kept_with_its_cost(serve, tmp_path, column, is_stream):
+    parts = {column: "It is hot.", "content": "Use a mitt."}
+    usage = {"prompt_tokens": 10, "completion_tokens": 20}
+
+    def script(body, count):
+        if not is_stream:
+            return 200, json.dumps({"choices": [{"message": parts, "finish_reason": "stop"}], "usage": usage}), {}
+        deltas = [{"delta": {name: text}} for name, text in parts.items()]
+        events = [{"choices": [d]} for d in deltas] + [{"choices": [], "usage": usage}]
+        text = "".join(f"data: {json.dumps(e)}\n\n" for e in events) + "data: [DONE]\n\n"
+        return 200, text, {"Content-Type": "text/event-stream"}
+
+    server = serve(script)
+    found = []
+    for _ in range(2):
+        one = sampler(server, cache=tmp_path, price_in=1.0, price_out=2.0, stream=is_stream)
+        found += one([Prompt(({"role": "user", "content": "q"},))])[0]
+    assert len(server.bodies) == 1 and found[0] == found[1]
+    assert (found[0].text, found[0].thought.text) == ("Use a mitt.", "It is hot.")
+    assert (found[0].usage.prompt_tokens, found[0].usage.completion_tokens) == (10, 20)
+    assert found[0].usage.cost == pytest.approx(50e-6)

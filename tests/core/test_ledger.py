@@ -24,7 +24,7 @@ def test_what_one_wrote_another_reads_with_its_cost(tmp_path):
     ask(ledger(tmp_path), "a")
     other = ledger(tmp_path, price_in=1.0, price_out=10.0)
     other.read()
-    assert other.answers == {"a": ANSWER}
+    assert other.answers == {"a": ANSWER._replace(used=Tokens(10, 20))}
     assert other.spent == Tokens(10, 20)
     assert other.cost(other.spent) == pytest.approx((10 * 1 + 20 * 10) / 1e6)
 

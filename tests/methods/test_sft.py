@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tempering.core.config import build
+from tempering.core.logprobs import nll_share
 from tempering.core.policy import Policy, load_tensors
-from tempering.core.training import Optimisation
+from tempering.core.training import Optimisation, schedule
 from tempering.methods import sft
-from tempering.methods.sft import SftConfig, answer_from_row, nll_share, schedule
+from tempering.methods.sft import SftConfig, answer_from_row
 from tempering.methods.staged_competence.plan import read_pairs
 from tempering.methods.staged_competence.settings import StagedCompetenceConfig
 

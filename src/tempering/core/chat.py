@@ -52,7 +52,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], fmt: Pr
     turns = messages[:-1] if prefill else messages
     # The prefill is appended as text to the open turn: that is what `continue_final_message` does, without
     # its trimming of white space and with templates that add something (such as empty thoughts) at that place.
-    text = _render(tokenizer, turns, add_generation_prompt=True) + prefill
+    text = render(tokenizer, turns, add_generation_prompt=True) + prefill
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -64,7 +64,7 @@ def token_spans(
     Raises:
         ValueError: the tokenizer cannot say where its tokens stand (it is not a fast one), or see `encode_prompt`.
     """
-    text = _raw_text(messages) if fmt == "raw" else _render(tokenizer, messages, add_generation_prompt=True)
+    text = _raw_text(messages) if fmt == "raw" else render(tokenizer, messages, add_generation_prompt=True)
     if not tokenizer.is_fast:
         raise ValueError("this tokenizer does not say where its tokens stand in the text; a fast one is needed")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -99,7 +99,7 @@ def encode(
         return Encoded(ids, max(0, len(ids) - len(answer)))
     if len(prompt) > max_prompt_length:
         raise ValueError(f"the prompt has {len(prompt)} tokens, max_prompt_length is {max_prompt_length}")
-    text = _render(tokenizer, [*messages, {"role": "assistant", "content": completion}])
+    text = render(tokenizer, [*messages, {"role": "assistant", "content": completion}])
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if ids[: len(prompt)] != prompt:
         at = next(
@@ -190,7 +190,18 @@ def group_length(group: Sequence[Encoded]) -> int:
     return group[0].prompt_tokens + sum(side.completion_tokens for side in group)
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = False,
+    thinking: bool = False,
+) -> str:
+    """Write chat turns as the tokenizer's own template does; `thinking` where it has a mode for that.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template refuses these turns.
+    """
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template; use an instruction-tuned model or prompt_format=raw")
     try:
@@ -198,7 +209,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generatio
             [dict(m) for m in messages],
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            enable_thinking=False,
+            enable_thinking=thinking,
         )
     except Exception as error:  # jinja2's own errors, and raise_exception() of a template
         raise ValueError(f"the chat template refused these turns ({type(error).__name__}: {error})") from error

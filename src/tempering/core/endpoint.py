@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from tempering.core.config import Config, build
 from tempering.core.ledger import NONE, Answer, Ledger, Tokens, are_tokens, read_tokens, tokens_at_most
-from tempering.core.records import Completion, Finish, Prompt, content_id
+from tempering.core.records import Completion, Finish, Prompt, Thought, Usage, content_id
 from tempering.core.run import redact
 
 FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "max_tokens": "length", "eos": "stop"}
@@ -225,7 +225,7 @@ class EndpointSampler:
         def keep(requests: Sequence[Request], answer: Answer) -> None:
             for request in requests:
                 group = groups[request.place]
-                group.append(completion(request, answer))
+                group.append(completion(request, answer, self.ledger.cost))
                 if on_done and len(group) == n:
                     on_done(1)
 
@@ -289,6 +289,7 @@ class EndpointSampler:
         """Ask for one sample, with retries; every try goes through the ledger."""
         row = {"key": request.key, "id": request.prompt_id, "index": request.sample}
         bound = tokens_at_most(request.body["messages"], request.body["max_tokens"])
+        began = time.monotonic()
         for attempt in range(self.config.retries + 1):
             if refusal := self.ledger.reserve(bound):
                 return Answer("", "error", refusal)
@@ -296,9 +297,14 @@ class EndpointSampler:
             try:
                 outcome = self._try(client, request.body, bound, key)
             finally:
-                text, error = outcome.answer.text, outcome.answer.error
-                error = redact(error, [key]) if error else None
-                answer = outcome.answer._replace(text=_without_key(text, key), error=error)
+                error = outcome.answer.error
+                answer = outcome.answer._replace(
+                    text=_without_key(outcome.answer.text, key),
+                    error=redact(error, [key]) if error else None,
+                    reasoning=_without_key(outcome.answer.reasoning, key),
+                    used=outcome.used,
+                    seconds=round(time.monotonic() - began, 3),
+                )
                 self.ledger.settle(
                     bound, outcome.used, row, None if error else answer, is_reported=outcome.is_reported
                 )
@@ -347,11 +353,19 @@ class EndpointSampler:
         return outcome._replace(may_pass=outcome.may_pass and self._has_answered)
 
 
-def completion(request: Request, answer: Answer) -> Completion:
-    """Put an answer to its sample."""
-    text, finish, error, tokens = answer
-    seed = request.body["seed"]
-    return Completion(request.prompt_id, text, finish, request.sample, seed=seed, error=error, counted_tokens=tokens)
+def completion(request: Request, answer: Answer, price: Callable[[Tokens], float] | None = None) -> Completion:
+    """Put an answer to its sample; reasoning that the server told apart becomes its thought."""
+    return Completion(
+        request.prompt_id,
+        answer.text,
+        answer.finish,
+        request.sample,
+        seed=request.body["seed"],
+        error=answer.error,
+        counted_tokens=answer.tokens,
+        thought=Thought(answer.reasoning) if answer.reasoning else None,
+        usage=Usage(*answer.used, price(answer.used) if price else 0.0, answer.seconds) if answer.used else None,
+    )
 
 
 def _post(client: httpx.Client, url: str, body: Mapping[str, Any], timeout_s: float) -> Reply:
@@ -407,6 +421,7 @@ def _read(reply: Reply, bound: Tokens) -> Outcome:
         message = choice["message"]
         text = message.get("refusal") if message.get("content") is None else message["content"]
         reason = choice.get("finish_reason")
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
     except (AttributeError, IndexError, KeyError, TypeError):
         return failed(f"no choices[0].message in the reply: {reply.brief}")
     if not isinstance(reason, str):
@@ -418,7 +433,8 @@ def _read(reply: Reply, bound: Tokens) -> Outcome:
     if not isinstance(text, str):
         return failed(f"the reply's content is {type(text).__name__}, not text (finish_reason {_brief(reason)!r})")
     counted = used.completion if is_reported else None
-    return Outcome(Answer(text, FINISH.get(reason, "stop"), tokens=counted), used, is_reported)
+    told = reasoning if isinstance(reasoning, str) else ""
+    return Outcome(Answer(text, FINISH.get(reason, "stop"), tokens=counted, reasoning=told), used, is_reported)
 
 
 def _joined(content: bytes) -> dict[str, Any]:
@@ -433,7 +449,7 @@ def _joined(content: bytes) -> dict[str, Any]:
         EOFError: it has no end, neither a `finish_reason` nor `[DONE]`, or stops within an event.
         ValueError: it is not UTF-8.
     """
-    parts: dict[str, list[str]] = {"content": [], "refusal": []}
+    parts: dict[str, list[str]] = {"content": [], "refusal": [], "reasoning_content": [], "reasoning": []}
     finish = usage = None
     is_done = is_other = False
     for event in re.sub(r"\r\n?", "\n", content.decode()).split("\n\n"):

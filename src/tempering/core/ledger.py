@@ -44,6 +44,11 @@ class Answer(NamedTuple):
     error: str | None = None
     tokens: int | None = None
     """Tokens of the text, as the endpoint counted them."""
+    reasoning: str = ""
+    """What the server told apart from the text as the model's reasoning."""
+    used: Tokens | None = None
+    """What the try that gave it took."""
+    seconds: float | None = None
 
 
 def tokens_at_most(messages: Sequence[Mapping[str, str]], max_tokens: int) -> Tokens:
@@ -124,8 +129,15 @@ class Ledger:
                     row = json.loads(line)
                     self._filed = self._filed.plus(Tokens(*row["tokens"]))
                     if "text" in row:
-                        counted = row["tokens"][1] if row.get("is_counted") else None
-                        self.answers[row["key"]] = Answer(row["text"], row["finish"], tokens=counted)
+                        used = Tokens(*row["tokens"])
+                        self.answers[row["key"]] = Answer(
+                            row["text"],
+                            row["finish"],
+                            tokens=used.completion if row.get("is_counted") else None,
+                            reasoning=row.get("reasoning", ""),
+                            used=used,
+                            seconds=row.get("seconds"),
+                        )
                 except (ValueError, KeyError, TypeError):
                     continue  # blank, or torn by a kill
             self.spent = self._filed
@@ -163,7 +175,11 @@ class Ledger:
             self._settled.notify_all()
             if self.path is None or (answer is None and used == NONE):
                 return
-            said = {} if answer is None else {"text": answer.text, "finish": answer.finish, "is_counted": is_reported}
+            said: dict[str, Any] = {}
+            if answer is not None:
+                told = {"reasoning": answer.reasoning, "seconds": answer.seconds}
+                said = {"text": answer.text, "finish": answer.finish, "is_counted": is_reported}
+                said |= {key: value for key, value in told.items() if value}
             self._append({**row, **said, "tokens": list(used)})
             if answer is not None:
                 self.answers[row["key"]] = answer

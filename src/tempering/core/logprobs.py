@@ -44,18 +44,26 @@ class SequenceScorer(nn.Module):
         tokens = torch.tensor(batch.lengths, dtype=torch.float32, device=batch.ids.device)
         return SequenceScores(torch.stack([part.sum() for part in parts]), tokens)
 
-    def by_token(self, batch: TokenBatch) -> Float[Tensor, " P"]:
-        """Return the log-probability of every scored token, completion after completion."""
+    def by_token(self, batch: TokenBatch, temperature: float = 1.0) -> Float[Tensor, " P"]:
+        """Return the log-probability of every scored token, completion after completion, of logits / temperature."""
         hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)  # (B, T, D)
         hidden = hidden.flatten(0, 1)[batch.source]  # (P, D)
         head, cap = _head(self.model)
         parts = []
         for h, y in zip(hidden.split(POSITIONS_PER_CHUNK), batch.target.split(POSITIONS_PER_CHUNK), strict=True):
             if torch.is_grad_enabled() and h.requires_grad:
-                parts.append(checkpoint(_token_logprobs, head, cap, h, y, use_reentrant=False))
+                parts.append(checkpoint(_token_logprobs, head, cap, h, y, temperature, use_reentrant=False))
             else:
-                parts.append(_token_logprobs(head, cap, h, y))
+                parts.append(_token_logprobs(head, cap, h, y, temperature))
         return torch.cat(parts)
+
+
+def nll_share(logprob: Float[Tensor, " B"], step_tokens: int) -> Float[Tensor, ""]:
+    """This micro-batch's share of the step's loss: minus its summed log-probabilities over *all* the step's tokens.
+
+    `logprob` is in nats; the shares of a step's micro-batches add up to its mean negative log-likelihood a token.
+    """
+    return -logprob.sum() / step_tokens
 
 
 def hidden_states(
@@ -143,8 +151,10 @@ def projection_matches(model: nn.Module) -> bool:
     return torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
-def _token_logprobs(head: nn.Module, cap: float | None, hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = _project(head, cap, hidden)  # (P, V)
+def _token_logprobs(
+    head: nn.Module, cap: float | None, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> Tensor:
+    logits = _project(head, cap, hidden) / temperature  # (P, V)
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 

@@ -65,6 +65,8 @@ class Policy:
         self.tokenizer, self.source = tokenizer, source
         self.adapters: list[str] = []
         self.trainable: str | None = None
+        self.lineage: dict[str, Any] = {}
+        """What the adapter or the exported weights that were loaded say of their origin (`lineage.json`)."""
         self._scorer = SequenceScorer(model)
         self._sharded_fingerprint: str | None = None
         self.freeze()
@@ -90,6 +92,7 @@ class Policy:
         source = resolve(reference)
         model, tokenizer = load_base(source, pick_dtype(dtype, where))
         policy = cls(model.to(where).eval(), tokenizer, source)
+        policy.lineage = _lineage(Path(source.adapter or source.base))
         if source.adapter:
             policy._load_adapter(Path(source.adapter))
         return policy
@@ -355,8 +358,7 @@ class Policy:
         self.drop_adapters()
 
     def _load_adapter(self, folder: Path) -> None:
-        lineage = folder / "lineage.json"
-        expected = json.loads(lineage.read_text(encoding="utf-8")) if lineage.is_file() else {}
+        expected = self.lineage
         try:
             with quiet_libraries():
                 self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name="final")
@@ -392,6 +394,11 @@ class Policy:
             tuner.set_adapter(list(names))  # sets requires_grad on all of them: `freeze` after it
         else:
             tuner.disable_adapter_layers()
+
+
+def _lineage(folder: Path) -> dict[str, Any]:
+    file = folder / "lineage.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def public_base(source: ModelSource) -> tuple[str, str | None]:

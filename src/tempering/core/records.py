@@ -77,8 +77,31 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """The reasoning before an answer. Users and judges do not see it unless they ask for it."""
+
+    text: str
+    status: str = "ok"
+    """How the reply was formed: see `tempering.core.think.parse_think`."""
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Token ranges [first, last) of `cot`, `tag` and `answer` in the completion's `token_ids`, where it has any."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one sample took at an endpoint, as far as it told."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float = 0.0
+    """In the currency of the prices."""
+    seconds: float | None = None
+    """From the request to the end of the reply, the tries before it included."""
+
+
+@dataclass(frozen=True)
 class Completion:
-    """One answer. `text` is what was generated: a prefill is not repeated in it."""
+    """One answer. `text` is what was generated: a prefill is not repeated in it, and reasoning stands apart."""
 
     prompt_id: str
     text: str
@@ -91,6 +114,9 @@ class Completion:
     """Why there is no answer, where `finish` is `error`."""
     counted_tokens: int | None = None
     """How many tokens it has, where an endpoint said so and their ids are not known."""
+    thought: Thought | None = None
+    """The reasoning, where the model thinks before it answers."""
+    usage: Usage | None = None
 
 
 def tokens_of(completions: Iterable[Completion]) -> int | None:

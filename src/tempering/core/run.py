@@ -57,9 +57,11 @@ class Run:
         resume: bool = False,
         is_main: bool = True,
         share: bool = False,
+        may_differ: Sequence[str] = (),
     ) -> Run:
         """Start a run folder, or with `resume` go on in one that was started with the same configuration.
 
+        `may_differ`: dotted keys, and all below them, that may have other values now, such as a cap on spending.
         Only the main process (`is_main`) writes. Until `finish` no other process may, unless all `share` it.
 
         Raises:
@@ -76,8 +78,10 @@ class Run:
         wanted = {"method": method, **config.model_dump(mode="json")}
         config_file = run.root / "config.yaml"
         if config_file.is_file():
-            _require_equal(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}, wanted, run.root)
-            return run
+            old = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
+            _require_equal(old, wanted, run.root, free=("out", *may_differ))
+            if not may_differ:
+                return run
         run.write_text("config.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
         return run
 
@@ -264,13 +268,15 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
                 return  # a torn last line of a killed run: what follows it was never written
 
 
-def _require_equal(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, prefix: str = "") -> None:
+def _require_equal(
+    old: Mapping[str, Any], new: Mapping[str, Any], root: Path, prefix: str = "", free: Sequence[str] = ()
+) -> None:
     for key in [*old, *(k for k in new if k not in old)]:
         a, b = old.get(key), new.get(key)
-        if prefix + key == "out":  # the folder may have been moved, or spelt otherwise
+        if prefix + key in free:  # `out`: the folder may have been moved, or spelt otherwise
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            _require_equal(a, b, root, f"{prefix}{key}.")
+            _require_equal(a, b, root, f"{prefix}{key}.", free)
         elif a != b:
             raise ValueError(
                 f"--resume {root}: {prefix}{key} is {a!r} in its config.yaml, but {b!r} now; "

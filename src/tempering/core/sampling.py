@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,11 @@ from tempering.core.chat import Encoded, PromptFormat, encode_prompt
 from tempering.core.loading import Dtype, quiet_libraries
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
-from tempering.core.records import Completion, Finish, Prompt
+from tempering.core.records import Completion, Finish, Prompt, Thought
+from tempering.core.think import CLOSE, OPEN, decode, parse_think, think_prompt, think_spans
+
+THINK_TOKENS = "think_tokens"
+"""Key in an adapter's lineage.json: it thinks before it answers, in at most so many tokens."""
 
 Job = tuple[int, int]
 """(place of the prompt, index of the sample)"""
@@ -58,7 +63,15 @@ def load_sampler(target: str, *, dtype: Dtype = "auto", **endpoint: Any) -> Samp
         from tempering.core.endpoint import EndpointSampler
 
         return EndpointSampler(target, **endpoint)
-    return LocalSampler(Policy.load(target, dtype=dtype))
+    return local_sampler(Policy.load(target, dtype=dtype))
+
+
+def local_sampler(policy: Policy, **settings: Any) -> LocalSampler | ThinkSampler:
+    """Return the sampler that fits a policy: one that thinks first where its adapter was trained to."""
+    budget = policy.lineage.get(THINK_TOKENS)
+    if budget is None:
+        return LocalSampler(policy, **settings)
+    return ThinkSampler(LocalSampler(policy, thinks=True, **settings), budget)
 
 
 class ScriptedSampler:
@@ -99,7 +112,8 @@ class LocalSampler:
     """Sample from a policy in this process, batched by length with the KV cache on.
 
     Randomness is keyed by (seed, prompt, sample index, position), so a sample does not depend on what it is
-    batched with; in float32 neither do greedy answers (in bfloat16 a near-tie may fall otherwise).
+    batched with; in float32 neither do greedy answers (in bfloat16 a near-tie may fall otherwise). `thinks`: ask
+    with the think prefix (`core/think.py`); what comes is reasoning and answer in one text, see `ThinkSampler`.
     """
 
     def __init__(
@@ -109,9 +123,11 @@ class LocalSampler:
         batch_rows: int = 64,
         batch_tokens: int = 16_384,
         fmt: PromptFormat = "chat",
+        thinks: bool = False,
         name: str | None = None,
     ) -> None:
-        self.policy, self.batch_rows, self.batch_tokens, self.fmt = policy, batch_rows, batch_tokens, fmt
+        self.policy, self.batch_rows, self.batch_tokens = policy, batch_rows, batch_tokens
+        self.fmt, self.thinks = fmt, thinks
         self.name = name or policy.source.reference
 
     def __call__(
@@ -162,7 +178,7 @@ class LocalSampler:
         groups: list[list[Encoded]] = []
         owners: list[int] = []
         for p, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
-            start = encode_prompt(policy.tokenizer, prompt.messages, self.fmt)
+            start = self.prompt_ids(prompt)
             answers = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             kept = start[-(limit - max(map(len, answers))) :]
             rows = policy.groups([Encoded(kept + answer, len(kept)) for answer in answers])
@@ -174,9 +190,15 @@ class LocalSampler:
             out[p] += scores
         return out
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that an answer to this prompt continues."""
+        if self.thinks:
+            return think_prompt(self.policy.tokenizer, prompt.messages)
+        return encode_prompt(self.policy.tokenizer, prompt.messages, self.fmt)
+
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         try:
-            ids = encode_prompt(self.policy.tokenizer, prompt.messages, self.fmt)
+            ids = self.prompt_ids(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id}: {error}") from error
         limit = _context(self.policy)
@@ -234,6 +256,59 @@ class LocalSampler:
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         finish: Finish = "length" if stop is None else "stop"
         return Completion(prompt.id, text, finish, index, tuple(tokens if stop is None else tokens[: stop + 1]), seed)
+
+
+class ThinkSampler:
+    """Answer after thinking: a completion's `text` is the answer, its `thought` the reasoning before it.
+
+    `max_new_tokens` is the length of an answer, as for any other sampler: `think_tokens` come on top of it, and an
+    answer that goes on for longer is cut. Reasoning that is not closed within both leaves an empty answer (`finish`
+    is `length`). After a prefill that does not think, all is answer.
+    """
+
+    def __init__(self, inner: LocalSampler, think_tokens: int) -> None:
+        self.inner, self.think_tokens, self.name = inner, think_tokens, inner.name
+        self.policy = inner.policy
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Return n completions for each prompt; see `Sampler`."""
+        groups = self.inner(
+            prompts, n=n, max_new_tokens=self.think_tokens + max_new_tokens, temperature=temperature, top_p=top_p,
+            seed=seed, on_done=on_done,
+        )  # fmt: skip
+        return [[self.split(p, c, max_new_tokens) for c in group] for p, group in zip(prompts, groups, strict=True)]
+
+    def split(self, prompt: Prompt, completion: Completion, max_answer: int | None = None) -> Completion:
+        """Take a completion apart into reasoning and answer; the answer is then cut to `max_answer` tokens."""
+        tokenizer, ends, ids = self.policy.tokenizer, self.policy.end_ids, completion.token_ids
+        thinks = not prompt.prefill or (OPEN in prompt.prefill and CLOSE not in prompt.prefill)
+        spans = think_spans(tokenizer, ids, ends) if thinks else {"answer": (0, len(ids))}
+        start, end = spans.get("answer", (0, 0))
+        cut = ids if max_answer is None or end - start <= max_answer else ids[: start + max_answer]
+        is_cut = len(cut) < len(ids)
+        if is_cut:
+            spans["answer"] = (start, len(cut))
+
+        def text_of(tokens: Sequence[int]) -> str:
+            kept = decode(tokenizer, tokens[:-1] if tokens and tokens[-1] in ends else tokens)
+            return (prompt.prefill or OPEN) + kept if thinks else kept
+
+        found = replace(completion, token_ids=cut, finish="length" if is_cut else completion.finish)
+        if not thinks:
+            return replace(found, text=text_of(cut))
+        status = parse_think(text_of(ids), completion.finish).status
+        cot, answer, _ = parse_think(text_of(cut), found.finish)
+        return replace(found, text=answer, thought=Thought(cot, status, spans))
 
 
 class KeyedSampling(LogitsProcessor):

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
@@ -220,6 +221,21 @@ def linear_to_zero(t: int, steps: int, warmup: int = 0) -> float:
     if t < warmup:
         return (t + 1) / warmup
     return max(0.0, (steps - t) / max(1, steps - warmup))
+
+
+def schedule(n: int, batch: int, epochs: int, seed: int) -> list[list[int]]:
+    """Return the positions that each optimiser step takes: every epoch a permutation keyed by (seed, epoch).
+
+    The last step of an epoch is short. World size, micro-batches and resuming do not touch it.
+
+    >>> sorted(schedule(3, 2, 1, seed=0)[0] + schedule(3, 2, 1, seed=0)[1])
+    [0, 1, 2]
+    """
+    rows = []
+    for epoch in range(epochs):
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n).tolist()
+        rows += [order[i : i + batch] for i in range(0, n, batch)]
+    return rows
 
 
 def save_checkpoint(

@@ -33,6 +33,7 @@ from tempering.data.origin import Origin, origin, suggestion
 BUNDLED = (
     "pairs",
     "pairs_smollm2",
+    "deliberation",
     "harmful_heldout",
     "borderline_heldout",
     "capability",
@@ -42,7 +43,7 @@ BUNDLED = (
     "dev_unseen",
     "dev_borderline",
 )
-DEMO_FILES = {"demo": "pairs", "demo_smollm2": "pairs_smollm2"}
+DEMO_FILES = {"demo": "pairs", "demo_smollm2": "pairs_smollm2", "demo_deliberation": "deliberation"}
 OnTrouble = Literal["error", "drop"]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.:-]+))?")
 SAID: set[str] = set()
@@ -72,7 +73,8 @@ def bundled(name: str) -> Path:
 def training_file(train: str) -> str | Path:
     """Where `data.train` leads: a bundled file for `demo` and `demo_smollm2`, else what was given.
 
-    `demo_smollm2` holds the same prompts as `demo`, with smollm2's own answers to the harmless ones.
+    `demo_deliberation` holds requests with reasoning that names a policy, and answers. `demo_smollm2` holds the same
+    prompts as `demo`, with smollm2's own answers to the harmless ones.
     """
     return bundled(DEMO_FILES[train]) if train in DEMO_FILES else train
 

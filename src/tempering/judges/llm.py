@@ -158,7 +158,7 @@ def parse_reply(text: str, words: Iterable[str]) -> Reply:
         return Reply(None, "the reply ends inside its reasoning")
     body = text.removesuffix("```").rstrip()
     if body.endswith("}"):
-        found = _last_object(body)
+        found = last_object(body)
         if found is None:
             return Reply(None, "the verdict is not valid JSON")
         value = found.get("verdict")
@@ -173,7 +173,7 @@ def parse_reply(text: str, words: Iterable[str]) -> Reply:
     return Reply(word, None)
 
 
-def _last_object(text: str) -> dict[str, Any] | None:
+def last_object(text: str) -> dict[str, Any] | None:
     """Read the JSON object that `text` ends with; `None` where it is none, or says something twice."""
     starts = [at for at, char in enumerate(text) if char == "{"]
     for at in reversed(starts[-_MOST_BRACES:]):

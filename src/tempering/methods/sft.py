@@ -19,16 +19,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from tempering.core.chat import Encoded, PromptFormat, collate, encode
 from tempering.core.config import Config
 from tempering.core.loading import Dtype
-from tempering.core.logprobs import score_groups
+from tempering.core.logprobs import nll_share, score_groups
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.progress import progress, say
 from tempering.core.records import LabelledCompletion, PreferencePair, content_id, labelled_from_row, pair_from_row
@@ -39,6 +36,7 @@ from tempering.core.training import (
     Stopwatch,
     last_checkpoint,
     save_checkpoint,
+    schedule,
     step_batches,
 )
 from tempering.data.describe import inputs_of, licences_of
@@ -126,32 +124,6 @@ class SftConfig(Config):
 CONFIG = SftConfig
 
 Answer = PreferencePair | LabelledCompletion
-
-
-# --- pure functions -----------------------------------------------------------------------------------
-
-
-def nll_share(logprob: Float[Tensor, " B"], step_tokens: int) -> Float[Tensor, ""]:
-    """This micro-batch's share of the step's loss: minus its summed log-probabilities over *all* the step's tokens.
-
-    `logprob` is in nats; the shares of a step's micro-batches add up to its mean negative log-likelihood a token.
-    """
-    return -logprob.sum() / step_tokens
-
-
-def schedule(n: int, batch: int, epochs: int, seed: int) -> list[list[int]]:
-    """Return the positions that each optimiser step takes: every epoch a permutation keyed by (seed, epoch).
-
-    The last step of an epoch is short. World size, micro-batches and resuming do not touch it.
-
-    >>> sorted(schedule(3, 2, 1, seed=0)[0] + schedule(3, 2, 1, seed=0)[1])
-    [0, 1, 2]
-    """
-    rows = []
-    for epoch in range(epochs):
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n).tolist()
-        rows += [order[i : i + batch] for i in range(0, n, batch)]
-    return rows
 
 
 # --- data ---------------------------------------------------------------------------------------------

@@ -1,0 +1,221 @@
+import copy
+
+import pytest
+
+from tempering.core.records import Completion, Prompt, as_messages
+from tempering.core.sampling import LocalSampler, ThinkSampler
+from tempering.core.think import (
+    CLOSE,
+    OPEN,
+    decode,
+    joined,
+    parse_think,
+    think_prompt,
+    think_row,
+    think_spans,
+    think_text,
+)
+
+QUESTION = ({"role": "user", "content": "Is ice cold?"},)
+LIMITS = {"max_length": 400, "max_prompt_length": 200}
+
+QWEN = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_3 = QWEN[:-11] + (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+LLAMA = (
+    "<|begin|>{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+)
+GEMMA = (
+    "<bos>{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+DELETES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENS = QWEN[:-11] + "<think>\n{% endif %}"
+TEMPLATES = {
+    "qwen2.5": QWEN,
+    "qwen3": QWEN_3,
+    "llama3.2": LLAMA,
+    "gemma3": GEMMA,
+    "smollm2": None,
+    "deletes reasoning": DELETES,
+    "opens the tag": OPENS,
+}
+
+
+@pytest.fixture(params=TEMPLATES)
+def tokenizer(request, tiny_tokenizer):
+    found = copy.deepcopy(tiny_tokenizer)
+    if isinstance(TEMPLATES[request.param], str):
+        found.chat_template = TEMPLATES[request.param]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "want"),
+    [
+        ("<think>a</think>b", "length", ("a", "b", "truncated")),
+        ("<think>a", "length", ("a", "", "truncated")),
+        ("b", "stop", ("", "b", "no_open")),
+        ("a</think>b", "stop", ("", "a</think>b", "no_open")),
+        ("So <think>a</think>b", "stop", ("", "So <think>a</think>b", "no_open")),
+        ("<think>a<think>c</think>b", "stop", ("a<think>c", "b", "multiple")),
+        ("<think>a</think>b</think>c", "stop", ("a", "b</think>c", "multiple")),
+        ("<think>a", "stop", ("a", "", "unclosed")),
+        ("<think> \n</think>b", "stop", ("", "b", "empty_cot")),
+        ("<think></think>", "stop", ("", "", "empty_cot")),
+        ("<think>a</think>  \n", "stop", ("a", "", "empty_answer")),
+        ("", "stop", ("", "", "no_open")),
+        (" \n<think>\n a \n</think>\n\n b \n", "stop", ("a", "b", "ok")),
+        ("<think>é🙂 ≠ <b></think>日本 \u202e!", "stop", ("é🙂 ≠ <b>", "日本 \u202e!", "ok")),
+    ],
+)
+def test_a_reply_has_the_first_status_that_applies(text, finish, want):
+    assert parse_think(text, finish) == want
+
+
+def test_what_is_joined_is_parsed_back():
+    assert parse_think(OPEN + "\n" + joined(" hot\n", "\nUse a mitt."), "stop") == ("hot", "Use a mitt.", "ok")
+
+
+def test_every_template_gives_one_opening_tag_at_the_end_and_no_closed_one(tokenizer):
+    text = think_text(tokenizer, QUESTION)
+    assert text.count(OPEN) == 1 and text.rstrip().endswith(OPEN) and CLOSE not in text
+    assert text.count("<bos>") + text.count("<|begin|>") <= 1
+
+
+def test_reasoning_survives_every_template(tokenizer):
+    row = think_row(tokenizer, QUESTION, "ice is frozen", "Yes.", end_id=2, **LIMITS)
+    prompt = think_prompt(tokenizer, QUESTION)
+    assert row.ids[: row.prompt_tokens] == prompt and row.ids[-1] == 2
+    assert decode(tokenizer, row.ids[row.prompt_tokens : -1]) == "ice is frozen\n</think>\n\nYes."
+
+
+def test_past_turns_and_system_messages_are_kept(tiny_tokenizer):
+    turns = as_messages(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello"},
+            {"role": "user", "content": "Is ice cold?"},
+        ]
+    )
+    assert think_text(tiny_tokenizer, turns) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\nhello<|im_end|>\n"
+        "<|im_start|>user\nIs ice cold?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+
+
+def test_a_prefill_takes_the_place_of_the_opening_tag(tokenizer):
+    text = think_text(tokenizer, (*QUESTION, {"role": "assistant", "content": "Sure,"}))
+    assert text.endswith("Sure,") and OPEN not in text
+
+
+@pytest.mark.parametrize(
+    ("cot", "answer", "limits", "message"),
+    [
+        ("a </think> b", "c", LIMITS, "do not read as"),
+        ("a", "", LIMITS, "do not read as"),
+        ("a", "b", {**LIMITS, "max_length": 20}, "max_length is 20"),
+        ("a", "b", {**LIMITS, "max_prompt_length": 5}, "max_prompt_length is 5"),
+    ],
+)
+def test_an_unusable_row_is_refused(tiny_tokenizer, cot, answer, limits, message):
+    with pytest.raises(ValueError, match=message):
+        think_row(tiny_tokenizer, QUESTION, cot, answer, end_id=2, **limits)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["ice", " is", "</think>", " yes"],
+        ["ice", "<", "/", "th", "ink", ">", "yes"],  # a tag split over tokens
+        ["ice.<", "/think", ">\n", "yes"],  # tokens that hold part of the tag and something else
+        ["é🙂", "</think>", "日本"],
+        ["", "</think>", ""],
+    ],
+)
+def test_spans_are_those_of_the_tokens_that_hold_the_parts(tiny_tokenizer, pieces):
+    """Each piece is encoded alone; where a piece is one token or several, its tokens stay together."""
+    parts = [tiny_tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
+    ids = [token for part in parts for token in part] + [2]
+    spans = think_spans(tiny_tokenizer, ids, [2])
+    first, last = spans["tag"]
+    assert CLOSE in decode(tiny_tokenizer, ids[first:last])
+    assert CLOSE not in decode(tiny_tokenizer, ids[first + 1 : last])
+    assert CLOSE not in decode(tiny_tokenizer, ids[first : last - 1])
+    assert spans["cot"] == (0, first) and spans["answer"] == (last, len(ids) - 1)
+
+
+def test_a_token_that_holds_part_of_the_tag_belongs_to_it():
+    class Words:
+        all_special_tokens = ()
+        table = ("It is hot.<", "/thi", "nk>\nUse", " a mitt", ".", "EOS")
+
+        def decode(self, ids, **_):
+            return "".join(self.table[i] for i in ids)
+
+    assert think_spans(Words(), [0, 1, 2, 3, 4, 5], [5]) == {"cot": (0, 0), "tag": (0, 3), "answer": (3, 5)}
+
+
+def test_an_unclosed_thought_has_no_answer(tiny_tokenizer):
+    ids = tiny_tokenizer("still thinking", add_special_tokens=False)["input_ids"]
+    assert think_spans(tiny_tokenizer, ids) == {"cot": (0, len(ids))}
+
+
+@pytest.fixture
+def sampler(tiny_policy):
+    return ThinkSampler(LocalSampler(tiny_policy(), thinks=True), 8)
+
+
+def generated(sampler, text, end=True, finish="stop"):
+    ids = sampler.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * end
+    return Completion("p", text, finish, token_ids=tuple(ids))
+
+
+def test_users_see_the_answer_and_the_thought_on_request(sampler):
+    whole = generated(sampler, "ice is frozen</think>Yes.")
+    found = sampler.split(Prompt(QUESTION), whole)
+    assert (found.text, found.thought.text, found.thought.status) == ("Yes.", "ice is frozen", "ok")
+    assert found.token_ids == whole.token_ids
+    start, end = found.thought.spans["answer"]
+    assert decode(sampler.policy.tokenizer, found.token_ids[start:end]) == "Yes."
+
+
+def test_an_answer_is_cut_at_its_own_length_and_the_thought_is_not_counted(sampler):
+    found = sampler.split(Prompt(QUESTION), generated(sampler, "ice is frozen</think>yes yes yes yes yes"), 2)
+    start, end = found.thought.spans["answer"]
+    assert end - start == 2 and end == len(found.token_ids)
+    assert found.finish == "length" and found.thought.status == "ok" and "yes yes yes yes yes".startswith(found.text)
+
+
+def test_an_unclosed_thought_is_no_answer(sampler):
+    found = sampler.split(Prompt(QUESTION), generated(sampler, "here is how", end=False, finish="length"))
+    assert (found.text, found.thought.status, found.finish) == ("", "truncated", "length")
+
+
+def test_after_a_prefill_all_is_answer(sampler):
+    begun = Prompt((*QUESTION, {"role": "assistant", "content": "Sure,"}))
+    found = sampler.split(begun, generated(sampler, " here it is"))
+    assert found.text == " here it is" and found.thought is None
+    thinking = Prompt((*QUESTION, {"role": "assistant", "content": "<think>\nIt is fine."}))
+    found = sampler.split(thinking, generated(sampler, " Yes.</think>Here"))
+    assert (found.text, found.thought.text) == ("Here", "It is fine. Yes.")
+
+
+def test_the_sampler_asks_with_the_think_prefix_and_keeps_its_budget(sampler):
+    [group] = sampler([Prompt(QUESTION)], n=2, max_new_tokens=4, temperature=1.0, seed=1)
+    assert all(len(c.token_ids) <= 12 and c.thought for c in group)
+    inner = sampler.inner([Prompt(QUESTION)], n=2, max_new_tokens=12, temperature=1.0, seed=1)[0]
+    assert [c.token_ids for c in inner] == [c.token_ids for c in group]
