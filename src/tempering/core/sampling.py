@@ -155,9 +155,13 @@ class LocalSampler:
             out[p] += scores
         return out
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that an answer to this prompt continues."""
+        return encode_prompt(self.policy.tokenizer, prompt.messages, self.fmt)
+
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         try:
-            ids = encode_prompt(self.policy.tokenizer, prompt.messages, self.fmt)
+            ids = self.prompt_ids(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id}: {error}") from error
         limit = _context(self.policy)
