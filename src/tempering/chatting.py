@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +27,10 @@ class ChatConfig(Config):
     """Of sampling."""
     system: str | None = None
     """System prompt."""
+    sampler: Literal["attribution"] | None = None
+    """`attribution`: answer with the best of several candidates."""
+    attribution: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that choice (docs/attribution.md)."""
 
 
 def run_chat(target: str, config: ChatConfig) -> None:
@@ -34,7 +39,7 @@ def run_chat(target: str, config: ChatConfig) -> None:
     Raises:
         ConnectionError, RuntimeError: the target did not answer.
     """
-    sampler = load(target)
+    sampler = load(target, sampler=config.sampler, attribution=config.attribution)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text

@@ -46,7 +46,7 @@ def demo(items: Overrides = None, resume: Resume = False, as_json: AsJson = Fals
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="staged_competence or sft.")],
+    method: Annotated[str, typer.Argument(help="staged_competence, sft, or attribution (fits its card).")],
     items: Overrides = None,
     config: Recipe = None,
     resume: Resume = False,
@@ -65,6 +65,8 @@ def train(
     temper train staged_competence -c tiny out=runs/tiny curriculum.stages=2
 
     temper train staged_competence -c compare out=runs/compare --resume
+
+    temper train attribution model=runs/mine out=runs/card
 
     temper train staged_competence --keys
     """
@@ -107,7 +109,7 @@ def eval_(
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
-    where a limit is not met).
+    where a limit is not met) sampler=attribution attribution.KEY=VALUE (docs/attribution.md).
 
     Of endpoints (docs/endpoints.md): cache=DIR, and for the target endpoint.KEY=VALUE, for judges
     judge_endpoint.KEY=VALUE, where KEY is api_key_env, concurrency, timeout_s, retries, backoff_s, max_wait_s,
@@ -121,6 +123,8 @@ def eval_(
     temper eval smollm2 over_refusal data=xstest out=runs/base-xstest
 
     temper eval runs/mine harm gate.harmful_rate=0.1
+
+    temper eval runs/mine harm over_refusal sampler=attribution attribution.n=8
 
     temper eval openai:MODEL@URL harm endpoint.price_in=1 endpoint.price_out=4 endpoint.budget=5 --dry-run
     """
@@ -245,7 +249,7 @@ def chat(
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
 
-    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT.
+    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT sampler=attribution attribution.KEY=VALUE.
 
     Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
     """

@@ -153,10 +153,10 @@ class AttributionSampler:
         self, prompt: Prompt, candidates: Sequence[Completion]
     ) -> tuple[Evidence, list[Response], list[list[str]]]:
         """Measure what the configured scorers read, in one pair of passes."""
-        prompt_ids, opened = self._prompt(prompt)
+        prompt_ids, opened = self.prompt_of(prompt)
         responses, flags = [], []
         for completion in candidates:
-            response, remarks = self._response(completion, opened)
+            response, remarks = self.response_of(completion, opened)
             if falls_back(response.spans, self.config.readout) and self.layers:
                 remarks.append("no_span")
             responses.append(response)
@@ -167,8 +167,7 @@ class AttributionSampler:
         fits = list(range(len(responses)))
         wants_logits = bool(named & set(NEED_LOGITS))
         if self.pair is not None and (self.layers or wants_logits):
-            limit = int(getattr(self.pair.policy.base.config, "max_position_embeddings", None) or 1 << 20)
-            fits = [i for i in fits if len(prompt_ids) + len(responses[i].ids) <= limit and responses[i].sampled]
+            fits = self.fitting(prompt_ids, responses)
             for i in set(range(len(responses))) - set(fits):
                 flags[i].append("over_context" if responses[i].sampled else "empty")
             if fits:
@@ -188,7 +187,7 @@ class AttributionSampler:
         tokens = np.array([float(max(1, r.sampled)) for r in responses])
         return Evidence(prompt.id, tokens, s if self.layers else None, likelihood, guard), responses, flags
 
-    def _prompt(self, prompt: Prompt) -> tuple[list[int], bool]:
+    def prompt_of(self, prompt: Prompt) -> tuple[list[int], bool]:
         """The ids that candidates continue, and whether they end inside reasoning."""
         if self.pair is None:
             return [], prompt.prefill.rstrip().endswith(OPEN)
@@ -203,7 +202,14 @@ class AttributionSampler:
         tail = tokenizer.decode(ids[-16:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return ids, tail.rstrip().endswith(OPEN)
 
-    def _response(self, completion: Completion, opened: bool) -> tuple[Response, list[str]]:
+    def fitting(self, prompt_ids: Sequence[int], responses: Sequence[Response]) -> list[int]:
+        """Which candidates can be scored: something was sampled, and with the prompt it fits into the context."""
+        assert self.pair is not None
+        limit = int(getattr(self.pair.policy.base.config, "max_position_embeddings", None) or 1 << 20)
+        return [i for i, r in enumerate(responses) if r.sampled and len(prompt_ids) + len(r.ids) <= limit]
+
+    def response_of(self, completion: Completion, opened: bool) -> tuple[Response, list[str]]:
+        """A candidate as it is scored, and what is out of the ordinary with it."""
         if self.pair is None:
             ids = list(completion.token_ids) or [0] * max(1, len(completion.text.split()))
             spans = find_spans(lambda some: completion.text if some else "", ids, opened=False)

@@ -52,8 +52,8 @@ class Sampling(Config):
 class Card(Config):
     """A fitted selection."""
 
-    schema_: Literal[1] = 1
-    """Version of this file."""
+    version: Literal[1] = 1
+    """Of this file's form."""
     student: Student
     """What it was fitted on."""
     base: str | None
@@ -124,9 +124,13 @@ def verify(card: Card, pair: Pair) -> None:
         raise ValueError(
             f"card: dtype is {card.dtype}, the model was loaded in {dtype}; load it with dtype={card.dtype}"
         )
-    found = identify(pair, card.student.model)
-    for field in ("tokenizer_sha256", "template_sha256", "base_sha256", "adapter_sha256"):
-        want, got = getattr(card.student, field), getattr(found, field)
+    student, found = card.student, identify(pair, card.student.model)
+    for field, want, got in (
+        ("tokenizer_sha256", student.tokenizer_sha256, found.tokenizer_sha256),
+        ("template_sha256", student.template_sha256, found.template_sha256),
+        ("base_sha256", student.base_sha256, found.base_sha256),
+        ("adapter_sha256", student.adapter_sha256, found.adapter_sha256),
+    ):
         if want != got:
             raise ValueError(
                 f"card: student.{field} is {want[:12]}, this model has {got[:12]}; it was fitted on another model: "
@@ -148,7 +152,7 @@ def settle(config: SelectionConfig, card: Card) -> SelectionConfig:
                 f"attribution.{field}={got}: the card was fitted with {want}; leave it out, or name the model itself"
             )
     filled: dict[str, Any] = {field: getattr(card, field) for field in FITTED}
-    filled |= {"n": card.n, "temperature": card.sampling.temperature, "base": card.base}
+    filled |= {"n": card.n, "scorer": card.scorer, "temperature": card.sampling.temperature, "base": card.base}
     if config.fallback != "none":
         filled["tau"] = card.tau
     kept = {key: value for key, value in filled.items() if key not in given or key in FITTED}

@@ -23,7 +23,7 @@ NEED_LOGITS = ("kl", "perplexity", "self_certainty")
 class SelectionConfig(Config):
     """How one answer of several is chosen; on the command line `attribution.KEY=VALUE`."""
 
-    n: int = Field(8, ge=1)
+    n: int = Field(default=8, ge=1)
     """Candidates drawn for each answer (paper: 8)."""
     scorer: Scorer = "latent"
     """What ranks them; the lowest risk wins."""
@@ -47,7 +47,7 @@ class SelectionConfig(Config):
     """`kl` from the model to its base, or from the base to the model."""
     of: Literal["model", "base"] = "model"
     """Whose `perplexity`."""
-    fuse: tuple[Fused, ...] = Field(("latent", "kl"), min_length=1)
+    fuse: tuple[Fused, ...] = Field(default=("latent", "kl"), min_length=1)
     """Scorers whose ranks `rank_fusion` adds up."""
     guard: str | None = None
     """Judge of harm for `guard`: `rules` or another that `temper judge check` knows. Not the one that reports."""
@@ -59,7 +59,7 @@ class SelectionConfig(Config):
     """Above `tau`: nothing, the text `refusal`, one more draw with the next seed, or the guard's choice."""
     refusal: str = "I'm sorry, but I can't help with that."
     """What `fallback=refuse` answers."""
-    temperature: float = Field(0.7, gt=0)
+    temperature: float = Field(default=0.7, gt=0)
     """Of the draws where the caller asks for greedy ones (paper: 0.7): greedy draws are all the same."""
     base: str | None = None
     """The model before alignment, where it is not in the same weights (merged or fully fine-tuned models)."""
