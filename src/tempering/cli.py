@@ -22,6 +22,7 @@ app = typer.Typer(
     "Align, attack, measure. `temper demo` shows all of it on a small real model, offline, in minutes.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Public data sets by name, and your own data files.")
+attribution_app = typer.Typer(no_args_is_help=True, help="Best-of-N by attribution: its controls, and by hand.")
 judge_app = typer.Typer(no_args_is_help=True, help="Judges, and how far to trust them.")
 
 Overrides = Annotated[
@@ -460,6 +461,56 @@ def judge_check(
     _tell(f"card: {save_card(card, settings.out)}")
 
 
+@attribution_app.command("controls")
+def attribution_controls(
+    target: Annotated[str, typer.Argument(help="An aligned model, or a calibration run.")],
+    items: Overrides = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Draw one set of candidates and choose among them in every way: the paper's, and those that could refute it.
+
+    Settings: data=FILE limit=N n=8 temperature=0.7 max_new_tokens=128 judge=rules guard=JUDGE base=MODEL out=DIR.
+
+    Example: temper attribution controls runs/mine n=8 out=runs/controls
+    """
+    from tempering.attributing import ControlsConfig, run_controls
+
+    _finish(run_controls(target, _config(ControlsConfig, None, items), resume=resume), as_json)
+
+
+@attribution_app.command("rerank")
+def attribution_rerank(
+    target: Annotated[str, typer.Argument(help="An aligned model, or a calibration run.")],
+    items: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Rank candidates that were made elsewhere: a `prompt` with `completions` a row.
+
+    Settings: data=FILE out=FILE attribution.KEY=VALUE.
+
+    Example: temper attribution rerank runs/mine data=candidates.jsonl out=ranked.jsonl attribution.scorer=kl
+    """
+    from tempering.attributing import RerankConfig, run_rerank
+
+    _finish(run_rerank(target, _config(RerankConfig, None, items)), as_json)
+
+
+@attribution_app.command("gap")
+def attribution_gap(items: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Tabulate teachers and students: safety gap, transfer and utility tax, from measured rates.
+
+    Settings: data=FILE with `teacher`, `student`, `asr`, `teacher_asr`, ... a row, all fractions.
+
+    Example: temper attribution gap data=configurations.jsonl --json
+    """
+    from tempering.attributing import GapConfig, run_gap
+
+    _finish(run_gap(_config(GapConfig, None, items)), as_json)
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, which typer catches and returns."""
 
@@ -477,6 +528,7 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
+app.add_typer(attribution_app, name="attribution")
 
 
 def main(argv: list[str] | None = None) -> None:

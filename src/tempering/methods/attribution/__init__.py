@@ -29,7 +29,7 @@ This training changes no weights: it fits `final/card.json`, which is bound by h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +88,12 @@ __all__ = [
     "SelectionConfig",
     "candidate_row",
     "dry_run",
+    "is_run",
+    "load",
+    "load_judges",
+    "read_card",
+    "read_prompts",
+    "require_labels",
     "sampler",
     "train",
 ]
@@ -162,8 +168,8 @@ def train(config: AttributionConfig, *, resume: bool = False, policy: Policy | N
         RuntimeError: too many candidates could not be judged.
     """
     Run.require_free(config.out, resume)
-    prompts, dropped = read_prompts(config)
-    judge_of = load_judges(config)
+    prompts, dropped = read_prompts(config.data.train, DEMO, limit=config.limit, invalid=config.data.invalid)
+    judge_of = load_judges(config.judge, config.refusal_judge)
     inner, pair = load(config.model, config.base, config.dtype, policy)
     dtype = str(pair.policy.dtype).removeprefix("torch.")
     run = Run.create(config.out, METHOD, config.model_copy(update={"dtype": dtype}), resume=resume)
@@ -248,8 +254,8 @@ def make_card(
 def dry_run(config: AttributionConfig) -> dict[str, Any]:
     """Check data, judges and models, say what a fit would do, and write nothing."""
     Run.require_free(config.out, resume=False)
-    prompts, dropped = read_prompts(config)
-    load_judges(config)
+    prompts, dropped = read_prompts(config.data.train, DEMO, limit=config.limit, invalid=config.data.invalid)
+    load_judges(config.judge, config.refusal_judge)
     _, pair = load(config.model, config.base, config.dtype)
     kinds = [kind_of(prompt) for prompt in prompts]
     facts = {
@@ -263,34 +269,36 @@ def dry_run(config: AttributionConfig) -> dict[str, Any]:
 # --- data ---------------------------------------------------------------------------------------------
 
 
-def read_prompts(config: AttributionConfig) -> tuple[list[Prompt], dict[str, int]]:
-    """Read the labelled prompts, by kind and in the order of the file.
+def read_prompts(
+    source: str, demo: Sequence[str], *, limit: int | None = None, invalid: Literal["error", "drop"] = "error"
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Read labelled prompts, `limit` of each kind, in the order of the file; `demo` stands for bundled files.
 
     Raises:
-        FileNotFoundError, ValueError: there are none.
+        FileNotFoundError, ValueError: there are none that are harmful, or one cannot be used.
     """
-    sources = [bundled(name) for name in DEMO] if config.data.train == "demo" else [config.data.train]
+    sources = [bundled(name) for name in demo] if source == "demo" else [source]
     prompts: list[Prompt] = []
     dropped: dict[str, int] = {}
-    for source in sources:
-        found = read_records(source, prompt_from_row, invalid=config.data.invalid, repeats="drop", what="prompt")
+    for file in sources:
+        found = read_records(file, prompt_from_row, invalid=invalid, repeats="drop", what="prompt")
         prompts += found.records
         dropped |= {reason: count + dropped.get(reason, 0) for reason, count in found.dropped.items()}
     if silent := [p.id for p in prompts if kind_of(p) == "utility" and not p.extra.get("answer")]:
-        raise ValueError(f"{config.data.train}: prompt {silent[0]} is labelled utility and has no 'answer'")
+        raise ValueError(f"{source}: prompt {silent[0]} is labelled utility and has no 'answer'")
     kept = []
     for kind in ("harmful", "benign", "utility"):
-        kept += [p for p in prompts if kind_of(p) == kind][: config.limit]
+        kept += [p for p in prompts if kind_of(p) == kind][:limit]
     if not any(kind_of(p) == "harmful" for p in kept):
-        raise ValueError(f"{config.data.train}: no prompt is labelled harmful; layers are chosen on those")
+        raise ValueError(f"{source}: no prompt is labelled harmful; layers are chosen and judged on those")
     return kept, dropped
 
 
-def load_judges(config: AttributionConfig) -> dict[Kind, judges.Judge]:
+def load_judges(judge: str, refusal_judge: str) -> dict[Kind, judges.Judge]:
     """The judge of each kind of prompt."""
     return {
-        "harmful": judges.load_judge(config.judge, "harmful"),
-        "benign": judges.load_judge(config.refusal_judge, "refused"),
+        "harmful": judges.load_judge(judge, "harmful"),
+        "benign": judges.load_judge(refusal_judge, "refused"),
         "utility": AnswerFound(),
     }
 
