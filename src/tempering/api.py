@@ -129,6 +129,10 @@ def evaluate(
         if config.judge_card:
             correct_finished(name, run, config)
     sampler = _connect(target, with_cache(config, run.root)) if isinstance(target, str) and pending else target
+    if config.sampler == "attribution" and pending and not isinstance(target, str):
+        from tempering.methods import attribution
+
+        sampler = attribution.around(target, config.attribution)
     for name in pending:
         assert not isinstance(sampler, str)
         with eval_progress(name) as advance:

@@ -21,7 +21,8 @@ def run_redteam(
         ValueError, FileNotFoundError, FileExistsError, RuntimeError: as `tempering.evaluate`.
     """
     settings.setdefault("attacks", list(OFFLINE))
-    folder = Path(out) if out is not None else Path("runs") / f"redteam-{_plain(target)}"
+    name = "-".join(filter(None, ("redteam", _plain(target), settings.get("sampler"))))
+    folder = Path(out) if out is not None else Path("runs") / name
     results = evaluate(target, ["attack_success"], out=folder, resume=resume, **settings)
     report([folder], title=f"Attacks on {target}")
     return results["attack_success"]

@@ -71,7 +71,14 @@ from tempering.methods.attribution.collecting import (
 from tempering.methods.attribution.scores import length_beta
 from tempering.methods.attribution.scoring import Pair
 from tempering.methods.attribution.selection import winners
-from tempering.methods.attribution.settings import Aggregate, Distance, ReadOut, SelectionConfig
+from tempering.methods.attribution.settings import (
+    NEED_BASE,
+    NEED_LOGITS,
+    Aggregate,
+    Distance,
+    ReadOut,
+    SelectionConfig,
+)
 
 METHOD = "attribution"
 DEMO = ("dev_harmful", "dev_borderline")
@@ -86,6 +93,7 @@ __all__ = [
     "Pair",
     "Ranking",
     "SelectionConfig",
+    "around",
     "candidate_row",
     "dry_run",
     "is_run",
@@ -356,13 +364,32 @@ def sampler(
     config = options if isinstance(options, SelectionConfig) else build(SelectionConfig, given or {}, "attribution")
     if not is_run(target):
         inner, pair = load(str(target), config.base, dtype)
-        return AttributionSampler(inner, pair, config)
+        return AttributionSampler(_drawn_by(inner, config), pair, config)
     card, means = read_card(Path(target))
     config = settle(config, card)
     wanted: Any = card.dtype
     inner, pair = load(card.student.model, card.base, wanted)
     verify(card, pair)
-    return AttributionSampler(inner, pair, config, card, means, name=_name(target, given))
+    return AttributionSampler(_drawn_by(inner, config), pair, config, card, means, name=_name(target, given))
+
+
+def around(inner: Any, options: Mapping[str, Any]) -> AttributionSampler:
+    """Choose among the answers of a sampler that is loaded already; with weights where it has them (`policy`).
+
+    Raises:
+        ValueError: an option that does not fit, or a scorer that reads weights where there are none.
+    """
+    config = build(SelectionConfig, dict(options), "attribution")
+    policy = getattr(inner, "policy", None)
+    if policy is None or not {*config.scorers} & {*NEED_BASE, *NEED_LOGITS}:
+        return AttributionSampler(_drawn_by(inner, config), None, config)
+    dtype: Any = str(policy.dtype).removeprefix("torch.")
+    base = None if config.base is None else Policy.load(config.base, dtype=dtype, device=policy.device)
+    return AttributionSampler(_drawn_by(inner, config), Pair(policy, base), config)
+
+
+def _drawn_by(inner: Sampler, config: SelectionConfig) -> Sampler:
+    return inner if config.generator is None else load_sampler(config.generator)
 
 
 def is_run(target: str | Path) -> bool:

@@ -61,6 +61,9 @@ class SelectionConfig(Config):
     """What `fallback=refuse` answers."""
     temperature: float = Field(default=0.7, gt=0)
     """Of the draws where the caller asks for greedy ones (paper: 0.7): greedy draws are all the same."""
+    generator: str | None = None
+    """Who draws, where it is not the model itself: `openai:MODEL@URL`, a server of the same weights. What it sends as
+    text is encoded once, and flagged."""
     base: str | None = None
     """The model before alignment, where it is not in the same weights (merged or fully fine-tuned models)."""
 
