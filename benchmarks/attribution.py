@@ -7,7 +7,8 @@ Three things in turn, on the same candidates, in one process: draw them (our sam
 once a model, its keys and values shared, no block after the last layer, no logits), score them the plain way (both
 models, prompt and answer of every candidate in a padded batch, all blocks and the output layer). The two scorings
 must rank alike (float32). Without a run of your own, the aligned model is smollm2 with a random adapter: times do
-not depend on what it says. Printed: medians over rounds and prompts with their range; targets 20 % of drawing, a third of plain.
+not depend on what it says. Printed: medians over rounds and prompts with their range; targets 20 % of drawing, a
+third of plain.
 """
 
 from __future__ import annotations

@@ -388,6 +388,11 @@ def test_gap_from_the_command_line(tmp_path, capfd):
     assert temper(["attribution", "gap", f"data={data}"]) == 2 and "missing column" in capfd.readouterr().err
 
 
+def test_a_report_of_such_runs_is_written(controls, calibrated, tmp_path):
+    tempering.report([str(controls[1].root), str(calibrated.root)], out=tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
 def test_rates_of_selectors_by_hand():
     """Two prompts, two candidates, blocks 1: `latent` takes the lower similarity."""
     from tempering.methods.attribution.controls import compare
