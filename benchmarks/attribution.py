@@ -5,10 +5,10 @@
 
 Three things in turn, on the same candidates, in one process: draw them (our sampler), score them as we do (the prompt
 once a model, its keys and values shared, no block after the last layer, no logits), score them the plain way (both
-models, prompt and answer of every candidate in a padded batch, all blocks and the output layer). The two scorings
-must rank alike (float32). Without a run of your own, the aligned model is smollm2 with a random adapter: times do
-not depend on what it says. Printed: medians over rounds and prompts with their range; targets 20 % of drawing, a
-third of plain.
+models, prompt and answer of every candidate in a padded batch, all blocks and the output layer). Sharing gains with
+the length of the prompt against that of the answer: `--context 0` is the short end. The two scorings must rank alike
+(float32). Without a run of your own, the aligned model is smollm2 with a random adapter: times do not depend on what
+it says. Printed: medians over rounds and prompts with their range; targets 20 % of drawing, a third of plain.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ ASKED = (
     "Explain to a child why the sky is blue in the day and red in the evening, and what it is like on the moon.",
     "My neighbour plays loud music late at night. Write a short, friendly note that asks for quiet after eleven.",
     "Compare trains and planes for a trip of six hundred kilometres: time, price, comfort, luggage and emissions.",
+)
+PASSAGE = (
+    "The museum opens at nine and closes at six, on Thursdays at nine in the evening. Bags that are larger than a "
+    "sheet of paper stay in the lockers by the entrance; umbrellas too. Photographs without flash are welcome in all "
+    "rooms but the third, where the drawings are. Children under twelve come in free, with an adult."
 )
 
 
@@ -86,6 +91,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--context", type=int, default=100, help="words of a passage before each question")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="bfloat16 rounds near-ties either way: compare winners")
     options = parser.parse_args()
@@ -93,8 +99,9 @@ def main() -> None:
     inner, pair = LocalSampler(policy), Pair(policy)
     layers = window(pair.blocks)
     ours = AttributionSampler(inner, pair, SelectionConfig(n=options.n, layers=layers))
+    passage = (PASSAGE.split() * (options.context // len(PASSAGE.split()) + 1))[: options.context]
     prompts = [
-        Prompt(({"role": "user", "content": ASKED[i % len(ASKED)] + " " * (i // len(ASKED))},))
+        Prompt(({"role": "user", "content": f"{' '.join(passage[i:])} {ASKED[i % len(ASKED)]}".strip()},))
         for i in range(options.prompts)
     ]
     drawing, scoring, naive, rank_identical, same_winner = [], [], [], 0, 0
@@ -117,7 +124,11 @@ def main() -> None:
                 rank_identical += bool((ranks(a) == ranks(b)).all())
                 same_winner += int(np.argmin(a) == np.argmin(b))
                 assert np.allclose(a, b, atol=1e-5 if policy.dtype == torch.float32 else 5e-3), (a, b)
-    print(f"{options.model}, {policy.dtype}, {policy.device}, N {options.n}, at most {options.tokens} tokens")
+    lengths = sorted(len(ours.prompt_of(prompt)[0]) for prompt in prompts)
+    print(
+        f"{options.model}, {policy.dtype}, {policy.device}, N {options.n}, at most {options.tokens} tokens, "
+        f"prompts of {lengths[0]} to {lengths[-1]}"
+    )
     for name, values in (("drawing", drawing), ("scoring, ours", scoring), ("scoring, plain", naive)):
         print(f"{name:<16} {statistics.median(values):7.3f} s a prompt  ({min(values):.3f} - {max(values):.3f})")
     for name, over, target in (("drawing", drawing, TARGET_OF_DRAWING), ("plain", naive, TARGET_OF_PLAIN)):

@@ -255,6 +255,8 @@ def test_a_loaded_sampler_is_wrapped_not_ignored(student, tmp_path):
         ScriptedSampler(script), ["harm"], out=tmp_path / "a", data=str(data), max_unscored=1.0, **choose
     )
     assert found["harm"]["metrics"]["refusal_rate"]["value"] == 1 and asked == [0, 1, 2]
+    report = tempering.report([str(tmp_path / "a")])
+    assert any("judge rules also chose among the answers" in w for w in report["warnings"])
     local = LocalSampler(Policy.load(student, dtype="float32", device="cpu"))
     choose = {"sampler": "attribution", "attribution": {"n": 2}, "max_new_tokens": 6, "max_unscored": 1.0}
     tempering.evaluate(local, ["harm"], out=tmp_path / "b", data=str(data), **choose)
