@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tempering.core.config import Config, build
 from tempering.core.loading import Dtype
@@ -37,6 +37,10 @@ def method_module(name: str) -> ModuleType:
         from tempering.methods import sft
 
         return sft
+    if name == "attribution":
+        from tempering.methods import attribution
+
+        return attribution
     if name == "staged_competence":
         from tempering.methods import staged_competence
 
@@ -48,7 +52,7 @@ def method_module(name: str) -> ModuleType:
     raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
 
 
-METHODS = ("sft", "staged_competence", "deliberative")
+METHODS = ("sft", "staged_competence", "deliberative", "attribution")
 
 
 def train(
@@ -64,12 +68,37 @@ def train(
     return module.train(settings, resume=resume, policy=policy)
 
 
-def load(target: str, *, dtype: Dtype = "auto", **endpoint: Any) -> Sampler:
+def load(
+    target: str,
+    *,
+    dtype: Dtype = "auto",
+    sampler: Literal["attribution"] | None = None,
+    attribution: Mapping[str, Any] | None = None,
+    **endpoint: Any,
+) -> Sampler:
     """Return something that answers: a model reference in this process, or `openai:MODEL@URL`.
 
-    `endpoint`: settings of the latter, such as `concurrency` or `cache`; see `EndpointSampler`.
+    `sampler="attribution"` chooses each answer among several, as a calibration run does by itself, with the settings
+    `attribution` (`SelectionConfig`). `endpoint`: settings of an endpoint, such as `concurrency` or `cache`.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input; settings of attribution without its sampler.
     """
+    if sampler == "attribution" or is_calibration(target):
+        from tempering.methods import attribution as method
+
+        return method.sampler(target, attribution, dtype=dtype)
+    if attribution:
+        raise ValueError(
+            f"attribution.{next(iter(attribution))}: set sampler=attribution too, or name a calibration run"
+        )
     return load_sampler(target, dtype=dtype, **endpoint)
+
+
+def is_calibration(target: str) -> bool:
+    """Whether a target is the run folder of `temper train attribution`."""
+    root = Path(target)
+    return (root / "config.yaml").is_file() and Run.open(root).config.get("method") == "attribution"
 
 
 def evaluate(
@@ -104,9 +133,14 @@ def evaluate(
         if config.judge_card:
             correct_finished(name, run, config)
     sampler = _connect(target, with_cache(config, run.root)) if isinstance(target, str) and pending else target
+    if config.sampler == "attribution" and pending and not isinstance(target, str):
+        from tempering.methods import attribution
+
+        sampler = attribution.around(target, config.attribution)
     for name in pending:
         assert not isinstance(sampler, str)
         with eval_progress(name) as advance:
+            keep_candidates(sampler, run, name)
             run_eval(name, sampler, config, run, system=system, progress=advance, resume=resume)
     if run.config.get("method") == "eval":
         run.finish()
@@ -156,7 +190,15 @@ def _eval_config(evals: Sequence[str], settings: dict[str, Any]) -> EvalConfig:
 
 
 def _connect(target: str, config: EvalConfig) -> Sampler:
-    return config.ask_target(target) if target.startswith("openai:") else load(target, dtype=config.dtype)
+    if target.startswith("openai:") and config.sampler is None:
+        return config.ask_target(target)
+    return load(target, dtype=config.dtype, sampler=config.sampler, attribution=config.attribution)
+
+
+def keep_candidates(sampler: Sampler, run: Run, name: str) -> None:
+    """Where a sampler chooses among candidates, keep them all in the run folder, under the name of the eval."""
+    if hasattr(sampler, "keep"):
+        sampler.keep = lambda row: run.append_row(f"data/candidates-{name}.jsonl", row)
 
 
 def _eval_folder(reference: str, evals: list[str], config: EvalConfig, out: str | Path | None) -> Path:
@@ -173,9 +215,10 @@ def _eval_folder(reference: str, evals: list[str], config: EvalConfig, out: str 
     ]
     if out is not None:
         return Path(out)
-    if (own / "config.yaml").is_file() and settings.get("data") is None:
+    if (own / "config.yaml").is_file() and settings.get("data") is None and config.sampler is None:
         return own
     stamp = content_id(reference, sorted(evals), settings, *theirs)
+    evals = [*evals, *([config.sampler] if config.sampler else [])]
     name = own.name if own.exists() else reference.replace("/", "--").replace(":", "-").replace("@", "-")
     return Path("runs") / f"eval-{name}-{'-'.join(evals)}-{stamp[:8]}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any, Literal
 
 from pydantic import Field
 from rich.markup import escape
@@ -29,6 +30,10 @@ class ChatConfig(Config):
     """System prompt."""
     cot: bool = False
     """Print the reasoning too, where the target thinks before it answers; on stderr."""
+    sampler: Literal["attribution"] | None = None
+    """`attribution`: answer with the best of several candidates."""
+    attribution: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that choice (docs/attribution.md)."""
 
 
 def run_chat(target: str, config: ChatConfig) -> None:
@@ -37,7 +42,7 @@ def run_chat(target: str, config: ChatConfig) -> None:
     Raises:
         ConnectionError, RuntimeError: the target did not answer.
     """
-    sampler = load(target)
+    sampler = load(target, sampler=config.sampler, attribution=config.attribution)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text

@@ -22,6 +22,7 @@ app = typer.Typer(
     "Align, attack, measure. `temper demo` shows all of it on a small real model, offline, in minutes.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Public data sets by name, and your own data files.")
+attribution_app = typer.Typer(no_args_is_help=True, help="Best-of-N by attribution: its controls, and by hand.")
 judge_app = typer.Typer(no_args_is_help=True, help="Judges, and how far to trust them.")
 
 Overrides = Annotated[
@@ -68,7 +69,9 @@ def demo(items: Overrides = None, resume: Resume = False, as_json: AsJson = Fals
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="staged_competence, deliberative or sft.")],
+    method: Annotated[
+        str, typer.Argument(help="staged_competence, deliberative, sft, or attribution (fits its card).")
+    ],
     items: Overrides = None,
     config: Recipe = None,
     resume: Resume = False,
@@ -89,6 +92,8 @@ def train(
     temper train staged_competence -c compare out=runs/compare --resume
 
     temper train deliberative -c demo out=runs/deliberative
+
+    temper train attribution model=runs/mine out=runs/card
 
     temper train staged_competence --keys
     """
@@ -129,8 +134,8 @@ def eval_(
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
-    where a limit is not met, or the metric not measured); of lm_eval: tasks=[NAME,...] num_fewshot=N
-    include_path=DIR. --keys lists all.
+    where a limit is not met, or the metric not measured); sampler=attribution attribution.KEY=VALUE
+    (docs/attribution.md); of lm_eval: tasks=[NAME,...] num_fewshot=N include_path=DIR. --keys lists all.
 
     Of endpoints (docs/endpoints.md): cache=DIR, and for the target endpoint.KEY=VALUE, for judges
     judge_endpoint.KEY=VALUE, where KEY is api_key_env, concurrency, timeout_s, retries, backoff_s, max_wait_s,
@@ -146,6 +151,8 @@ def eval_(
     temper eval runs/mine harm gate.harmful_rate=0.1
 
     temper eval runs/mine lm_eval tasks=[gsm8k,arc_easy] limit=100 out=runs/mine-lm-eval
+
+    temper eval runs/mine harm over_refusal sampler=attribution attribution.n=8
 
     temper eval openai:MODEL@URL harm endpoint.price_in=1 endpoint.price_out=4 endpoint.budget=5 --dry-run
     """
@@ -257,7 +264,8 @@ def chat(
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
 
-    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT cot=false.
+    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT cot=false sampler=attribution
+    attribution.KEY=VALUE.
 
     Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
     """
@@ -469,6 +477,56 @@ def judge_check(
     _tell(f"card: {save_card(card, settings.out)}")
 
 
+@attribution_app.command("controls")
+def attribution_controls(
+    target: Annotated[str, typer.Argument(help="An aligned model, or a calibration run.")],
+    items: Overrides = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Draw one set of candidates and choose among them in every way: the paper's, and those that could refute it.
+
+    Settings: data=FILE limit=N n=8 temperature=0.7 max_new_tokens=128 judge=rules guard=JUDGE base=MODEL out=DIR.
+
+    Example: temper attribution controls runs/mine n=8 out=runs/controls
+    """
+    from tempering.attributing import ControlsConfig, run_controls
+
+    _finish(run_controls(target, _config(ControlsConfig, None, items), resume=resume), as_json)
+
+
+@attribution_app.command("rerank")
+def attribution_rerank(
+    target: Annotated[str, typer.Argument(help="An aligned model, or a calibration run.")],
+    items: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Rank candidates that were made elsewhere: a `prompt` with `completions` a row.
+
+    Settings: data=FILE out=FILE attribution.KEY=VALUE.
+
+    Example: temper attribution rerank runs/mine data=candidates.jsonl out=ranked.jsonl attribution.scorer=kl
+    """
+    from tempering.attributing import RerankConfig, run_rerank
+
+    _finish(run_rerank(target, _config(RerankConfig, None, items)), as_json)
+
+
+@attribution_app.command("gap")
+def attribution_gap(items: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Tabulate teachers and students: safety gap, transfer and utility tax, from measured rates.
+
+    Settings: data=FILE with `teacher`, `student`, `asr`, `teacher_asr`, ... a row, all fractions.
+
+    Example: temper attribution gap data=configurations.jsonl --json
+    """
+    from tempering.attributing import GapConfig, run_gap
+
+    _finish(run_gap(_config(GapConfig, None, items)), as_json)
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, which typer catches and returns."""
 
@@ -486,6 +544,7 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
+app.add_typer(attribution_app, name="attribution")
 
 
 def main(argv: list[str] | None = None) -> None:

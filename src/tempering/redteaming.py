@@ -20,7 +20,7 @@ def run_redteam(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, RuntimeError: as `tempering.evaluate`.
     """
-    folder = _folder(target, out)
+    folder = _folder(target, out, settings.get("sampler"))
     results = evaluate(target, ["attack_success"], out=folder, resume=resume, **{**DEFAULTS, **settings})
     report([folder], title=f"Attacks on {target}")
     return results["attack_success"]
@@ -32,10 +32,12 @@ def estimate_redteam(target: str, *, out: str | Path | None = None, **settings: 
     Raises:
         ValueError, FileNotFoundError: as `tempering.api.estimate`.
     """
-    return estimate(target, ["attack_success"], out=_folder(target, out), **{**DEFAULTS, **settings})
+    return estimate(
+        target, ["attack_success"], out=_folder(target, out, settings.get("sampler")), **{**DEFAULTS, **settings}
+    )
 
 
-def _folder(target: str, out: str | Path | None) -> Path:
+def _folder(target: str, out: str | Path | None, sampler: str | None) -> Path:
     own = Path(target)
     name = own.name if own.exists() else target.translate(str.maketrans("/:@", "---"))
-    return Path(out) if out is not None else Path("runs") / f"redteam-{name}"
+    return Path(out) if out is not None else Path("runs") / "-".join(filter(None, ("redteam", name, sampler)))

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,9 @@ def _resolve_folder(reference: str, path: Path) -> ModelSource:
         final = path / "final"
         if not final.is_dir():
             raise ValueError(f"run {reference} has no final/ folder: finish its training with --resume first")
+        if (final / "card.json").is_file():  # a choice among the answers of another model: the weights are that one's
+            student = resolve(json.loads((final / "card.json").read_text(encoding="utf-8"))["student"]["model"])
+            return replace(student, reference=reference)
         inner = _resolve_folder(reference, final)
         return ModelSource(reference, inner.base, inner.revision, inner.adapter)
     raise ValueError(

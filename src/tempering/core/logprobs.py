@@ -5,11 +5,12 @@ Used by preference losses, difficulty scores, multiple choice and KL; refuses to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -92,6 +93,67 @@ def token_gradients(model: nn.Module, row: Encoded, slots: Sequence[int]) -> Flo
         loss = -_token_logprobs(head, cap, hidden[p - 1 : -1], ids[0, p:]).mean()
         (gradient,) = torch.autograd.grad(loss, embedded)
     return gradient[0, list(slots)].float() @ table.weight.detach().float().T
+
+
+class DistributionTerms(NamedTuple):
+    """What two models say at each of P positions, in nats, float32. Base terms are NaN where there is no base."""
+
+    logprob: Float[Tensor, " P"]
+    """Of the token that follows, under the model."""
+    base_logprob: Float[Tensor, " P"]
+    kl: Float[Tensor, " P"]
+    """KL(model || base), over the whole vocabulary."""
+    reverse_kl: Float[Tensor, " P"]
+    self_certainty: Float[Tensor, " P"]
+    """KL(uniform || model)."""
+
+
+def distribution_terms(
+    logits: Float[Tensor, "P V"], base_logits: Float[Tensor, "P V"] | None, targets: Int[Tensor, " P"]
+) -> DistributionTerms:
+    """Compare next-token distributions: sum_v p (log p - log q), and -(1/V) sum_v log(V p_v) (arXiv:2502.18581).
+
+    >>> p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    >>> found = distribution_terms(p.log(), q.log(), torch.tensor([0]))
+    >>> round(float(found.kl), 7), round(float(found.self_certainty), 7)
+    (0.1732868, 0.056633)
+    """
+    log_p = logits.float().log_softmax(-1)
+    logprob = log_p.gather(-1, targets[:, None]).squeeze(-1)
+    certainty = (-log_p.mean(-1) - math.log(log_p.shape[-1])).clamp(min=0)
+    if base_logits is None:
+        nothing = torch.full_like(logprob, torch.nan)
+        return DistributionTerms(logprob, nothing, nothing, nothing, certainty)
+    log_q = base_logits.float().log_softmax(-1)
+    difference = log_p - log_q
+    return DistributionTerms(
+        logprob,
+        log_q.gather(-1, targets[:, None]).squeeze(-1),
+        (log_p.exp() * difference).sum(-1).clamp(min=0),
+        (log_q.exp() * -difference).sum(-1).clamp(min=0),
+        certainty,
+    )
+
+
+def compare_positions(
+    model: nn.Module,
+    hidden: Float[Tensor, "P D"],
+    base: nn.Module,
+    base_hidden: Float[Tensor, "P D"] | None,
+    targets: Int[Tensor, " P"],
+    chunk: int = 64,
+) -> DistributionTerms:
+    """Compare two models' distributions from their final hidden states; logits exist for `chunk` positions at a time.
+
+    Adapters on an output layer would apply to both: the caller sees to it that there are none.
+    """
+    (head, cap), (base_head, base_cap) = _head(model), _head(base)
+    parts = []
+    for start in range(0, len(targets), chunk):
+        rows = slice(start, start + chunk)
+        q = None if base_hidden is None else _project(base_head, base_cap, base_hidden[rows])
+        parts.append(distribution_terms(_project(head, cap, hidden[rows]), q, targets[rows]))
+    return DistributionTerms(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def score_groups(

@@ -130,6 +130,10 @@ class EvalConfig(Config):
     """Prompts answered and judged together; after each such batch the rows are on disk."""
     gate: dict[str, float] = Field(default_factory=dict)
     """Metric -> worst acceptable value in [0, 1]: a floor for accuracy and refusal_rate, else a ceiling."""
+    sampler: Literal["attribution"] | None = None
+    """How the target answers: null, as it does by itself; `attribution`, with the best of several candidates."""
+    attribution: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that choice, such as `n`, `scorer` and `layers` (docs/attribution.md)."""
     endpoint: EndpointConfig = EndpointConfig()
     """How a target `openai:MODEL@URL` is asked, and what it may cost."""
     judge_endpoint: EndpointConfig = EndpointConfig()

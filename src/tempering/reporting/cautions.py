@@ -31,6 +31,7 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
     for system in systems:
         out += _metric_warnings(system)
         out += _shared_judges(system)
+        out += _judged_by_its_guard(system)
     out += _settings_warnings(systems)
     return list(dict.fromkeys(out))
 
@@ -69,6 +70,14 @@ def _shared_judges(system: System) -> Iterator[str]:
                     f"{system.name}: judge {identity} reports {reporting[identity]} and was also used "
                     f"in training ({role}); the rate may flatter the model"
                 )
+
+
+def _judged_by_its_guard(system: System) -> Iterator[str]:
+    for e in itertools.chain.from_iterable(system.members):
+        chosen = e.settings.get("attribution")
+        guard = chosen.get("guard") if isinstance(chosen, dict) else None
+        if guard is not None and guard == e.settings.get("judge"):
+            yield f"{system.name}, eval {e.name}: judge {guard} also chose among the answers: an oracle's rates"
 
 
 def judges_of(run: RunData) -> Iterator[tuple[str, str]]:

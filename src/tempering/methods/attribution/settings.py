@@ -1,0 +1,83 @@
+"""What a selection is told: how many candidates, which scorer with which options, and when to fall back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tempering.core.config import Config
+
+Scorer = Literal[
+    "latent", "kl", "perplexity", "self_certainty", "length", "guard", "rank_fusion", "first", "random"
+]  # fmt: skip
+Fused = Literal["latent", "kl", "perplexity", "self_certainty", "length", "guard"]
+ReadOut = Literal["eos", "last_content", "answer_mean", "cot_mean", "think_end"]
+Distance = Literal["cos", "l2"]
+Aggregate = Literal["mean", "median_rank"]
+
+NEED_BASE = ("latent", "kl")
+NEED_LOGITS = ("kl", "perplexity", "self_certainty")
+
+
+class SelectionConfig(Config):
+    """How one answer of several is chosen; on the command line `attribution.KEY=VALUE`."""
+
+    n: int = Field(default=8, ge=1)
+    """Candidates drawn for each answer (paper: 8)."""
+    scorer: Scorer = "latent"
+    """What ranks them; the lowest risk wins."""
+    reverse: bool = False
+    """Take the highest risk instead: the control in the other direction."""
+    layers: tuple[int, ...] | None = None
+    """Layers of `latent`: 0 is the embeddings, l the state after block l (paper: 12). Null: the card's, else all l
+    with 0.35 n <= l <= 0.60 n."""
+    aggregate: Aggregate = "mean"
+    """Several layers: mean of the similarities, or median of the ranks within the prompt."""
+    readout: ReadOut = "eos"
+    """Where states are read: the end-of-turn token, the token before it, the mean of the answer or of the reasoning,
+    or the end of the closing tag."""
+    distance: Distance = "cos"
+    """`latent` compares by cosine, or by minus the Euclidean distance."""
+    centre: bool = False
+    """Subtract each model's mean read-out over calibration answers first; needs a card fitted with `centre=true`."""
+    residual: bool = False
+    """Take from `latent` what the logarithm of the length explains; needs a card."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """`kl` from the model to its base, or from the base to the model."""
+    of: Literal["model", "base"] = "model"
+    """Whose `perplexity`."""
+    fuse: tuple[Fused, ...] = Field(default=("latent", "kl"), min_length=1)
+    """Scorers whose ranks `rank_fusion` adds up."""
+    guard: str | None = None
+    """Judge of harm for `guard`: `rules` or another that `temper judge check` knows. Not the one that reports."""
+    validity: bool = True
+    """Choose among finished candidates with a non-empty answer, reasoning closed; false: among all, as the paper."""
+    tau: float | None = None
+    """Largest risk at which the winner is returned; null: always, or the card's where `fallback` is set."""
+    fallback: Literal["none", "refuse", "resample", "guard"] = "none"
+    """Above `tau`: nothing, the text `refusal`, one more draw with the next seed, or the guard's choice."""
+    refusal: str = "I'm sorry, but I can't help with that."
+    """What `fallback=refuse` answers."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Of the draws where the caller asks for greedy ones (paper: 0.7): greedy draws are all the same."""
+    generator: str | None = None
+    """Who draws, where it is not the model itself: `openai:MODEL@URL`, a server of the same weights. What it sends as
+    text is encoded once, and flagged."""
+    base: str | None = None
+    """The model before alignment, where it is not in the same weights (merged or fully fine-tuned models)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SelectionConfig:
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError("layers: name at least one, none below 0")
+        if "guard" in self.scorers and self.guard is None:
+            raise ValueError("scorer guard needs a judge; set guard=rules or guard=guard:MODEL_ID")
+        if self.fallback == "guard" and self.guard is None:
+            raise ValueError("fallback=guard needs a judge; set guard=rules or guard=guard:MODEL_ID")
+        return self
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The plain scorers that have to be computed."""
+        return tuple(self.fuse) if self.scorer == "rank_fusion" else (self.scorer,)

@@ -1,0 +1,313 @@
+"""Scoring and the sampler: what is shared, skipped or batched changes no score; the choice is the argmin of it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tempering.core.activations import blocks, capture
+from tempering.core.logprobs import distribution_terms
+from tempering.core.policy import LoraSettings, Policy
+from tempering.core.records import Completion, Prompt
+from tempering.core.sampling import LocalSampler, ScriptedSampler
+from tempering.methods.attribution.best_of_n import AttributionSampler
+from tempering.methods.attribution.readout import READ_OUTS, Spans, readout_positions
+from tempering.methods.attribution.scores import cosine
+from tempering.methods.attribution.scoring import Pair, Response, measure, similarity
+from tempering.methods.attribution.selection import select
+from tempering.methods.attribution.settings import SelectionConfig
+
+FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "gpt_neox")
+PROMPT = list(range(20, 43))  # longer than the sliding window of the tiny Gemma
+END = 2
+
+
+def aligned(policy, scale=0.05, seed=1, targets="all-linear"):
+    policy.add_adapter("a", LoraSettings(r=4, alpha=8, target_modules=targets), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in policy.lora_layers():
+        b = layer.lora_B["a"].weight
+        b.data = torch.randn(b.shape, generator=generator) * scale
+    return policy
+
+
+@pytest.fixture
+def pair(tiny_policy):
+    def make(family="llama", **kwargs):
+        return Pair(aligned(tiny_policy(family, scale=3.0), **kwargs))
+
+    return make
+
+
+def responses(seed=0, n=5, longest=24):
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        content = rng.integers(5, 300, size=longest - 4 * i).tolist()
+        spans = Spans((6, len(content)), (0, 4), (4, 6), True)
+        out.append(Response([*content, END], len(content) + 1, spans))
+    return out
+
+
+def plain(pair, prompt, response, layers, kind):
+    """Two full passes over one candidate alone: no cache, no sharing, no early stop. Also its mean KL."""
+    ids = torch.tensor([[*prompt, *response.ids]])
+    at = readout_positions(len(prompt), response.spans, len(response.ids), kind)
+    states, logits = [], []
+    for is_base in (False, True):
+        with pair.side(is_base) as model, capture(model, layers) as found:
+            logits.append(model(input_ids=ids).logits[0])
+        states.append(torch.stack([found[layer][0, at].float().mean(0) for layer in layers]))
+    rows = slice(len(prompt) - 1, len(prompt) + response.sampled - 1)
+    terms = distribution_terms(logits[0][rows], logits[1][rows], torch.tensor(response.ids[: response.sampled]))
+    return cosine(states[0], states[1]).tolist(), [float(t.mean()) for t in terms]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharing_batching_and_stopping_change_nothing(family, pair):
+    """One prompt pass for all, right padding, an early stop: 1e-5 from two full passes over each candidate alone."""
+    pair = pair(family)
+    group, layers = responses(), [0, 1, 2]
+    found = measure(pair, PROMPT, group, layers=layers, readouts=READ_OUTS, likelihood=True)
+    s = similarity(found.states, "cos")  # (N, read-outs, layers)
+    for i, response in enumerate(group):
+        for k, kind in enumerate(READ_OUTS):
+            want, terms = plain(pair, PROMPT, response, layers, kind)
+            np.testing.assert_allclose(s[i, k], want, atol=1e-5)
+        logprob, base_logprob, kl, reverse_kl, certainty = terms
+        got = [column[i] for column in found.likelihood]
+        np.testing.assert_allclose(got, [-logprob, -base_logprob, kl, reverse_kl, certainty], atol=1e-5, rtol=1e-5)
+    assert (found.likelihood.kl > 0).all() and len(set(np.round(s[:, 0, 2], 6))) > 1
+
+
+def test_scores_do_not_depend_on_order_batch_or_company(pair):
+    pair, group = pair(), responses()
+    layers = [1, 2]
+    whole = similarity(measure(pair, PROMPT, group, layers=layers).states, "cos")
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        found = measure(pair, PROMPT, [group[i] for i in order], layers=layers)
+        np.testing.assert_allclose(similarity(found.states, "cos"), whole[order], atol=1e-5)
+    for rows in (1, 2):
+        found = measure(pair, PROMPT, group, layers=layers, rows=rows)
+        np.testing.assert_allclose(similarity(found.states, "cos"), whole, atol=1e-5)
+    alone = measure(pair, PROMPT, group[2:3], layers=layers)
+    np.testing.assert_allclose(similarity(alone.states, "cos"), whole[2:3], atol=1e-5)
+
+
+def test_no_block_runs_past_the_last_layer_and_the_prompt_runs_once_a_model(pair):
+    pair = pair()
+    seen = []
+    for number, block in enumerate(blocks(pair.policy.model), 1):
+        block.register_forward_hook(lambda _, args, __, number=number: seen.append((number, args[0].shape[:2])))
+    measure(pair, PROMPT, responses(), layers=[1])
+    assert seen == [(1, (1, 23)), (1, (5, 25))] * 2
+
+
+def test_equal_models_tie_and_the_first_wins(tiny_policy):
+    policy = tiny_policy()
+    policy.add_adapter("zero", LoraSettings(r=2, alpha=4), seed=0)
+    found = measure(Pair(policy), PROMPT, responses(), layers=[0, 1, 2], likelihood=True)
+    s = similarity(found.states, "cos")[:, 0]
+    np.testing.assert_allclose(s, 1, atol=1e-6)
+    assert all(select(s[:, layer]) == 0 for layer in range(3))
+    np.testing.assert_allclose(found.likelihood.kl, 0, atol=1e-6)
+    assert select(-found.likelihood.kl) == 0
+
+
+def test_adapters_inside_the_blocks_leave_the_embeddings_alone(pair):
+    found = measure(pair(), PROMPT, responses(), layers=[0, 2])
+    s = similarity(found.states, "cos")[:, 0]
+    assert select(s[:, 0]) == 0 and np.ptp(np.round(s[:, 0], 6)) == 0 and np.ptp(s[:, 1]) > 1e-4
+
+
+def test_the_base_may_be_another_model_in_memory(tiny_policy, pair):
+    """The same weights, once as an adapter and once merged beside their base: equal scores."""
+    one = pair()
+    merged = aligned(tiny_policy("llama", scale=3.0))
+    merged.merge()
+    two = Pair(merged, tiny_policy("llama", scale=3.0))
+    a, b = (similarity(measure(p, PROMPT, responses(), layers=[1, 2]).states, "cos") for p in (one, two))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_adapters_flags_and_mode_are_as_before_also_after_an_error(pair):
+    pair = pair()
+    policy = pair.policy
+    policy.train_only("a")
+    policy.model.train()
+    flags = [p.requires_grad for p in policy.model.parameters()]
+    with pytest.raises(IndexError), pair.side(True):
+        raise IndexError
+    measure(pair, PROMPT, responses(n=2), layers=[1], likelihood=True)
+    assert policy.model.training and flags == [p.requires_grad for p in policy.model.parameters()]
+    assert policy._active() == ["a"]
+
+
+def test_without_a_base_the_message_says_what_to_name(tiny_policy, tiny_model_dir):
+    with pytest.raises(ValueError, match=r"has no adapter.*base=MODEL"):
+        Pair(tiny_policy())
+    shallow = tiny_policy("llama")
+    other = Policy.load(str(tiny_model_dir("llama")), dtype="float32", device="cpu")
+    other.tokenizer.add_tokens(["xyzzy"])
+    with pytest.raises(ValueError, match="other tokenizers"):
+        Pair(shallow, other)
+
+
+def test_an_adapted_output_layer_is_refused_for_kl(tiny_policy):
+    policy = aligned(tiny_policy(), targets=["q_proj", "lm_head"])
+    pair = Pair(policy)
+    measure(pair, PROMPT, responses(n=2), layers=[1])
+    with pytest.raises(ValueError, match="output layer"):
+        measure(pair, PROMPT, responses(n=2), likelihood=True)
+
+
+def test_bfloat16_agrees_with_float32(tiny_policy):
+    states = {}
+    for dtype in ("float32", "bfloat16"):
+        pair = Pair(aligned(tiny_policy("llama", dtype=dtype, scale=1.0), scale=0.3))
+        states[dtype] = similarity(measure(pair, PROMPT, responses(), layers=[1, 2]).states, "cos")
+    np.testing.assert_allclose(states["bfloat16"], states["float32"], atol=5e-3)
+
+
+# --- the sampler --------------------------------------------------------------------------------------
+
+
+def prompts(n=3):
+    return [Prompt(({"role": "user", "content": f"how do I stone number {i}?"},)) for i in range(n)]
+
+
+@pytest.fixture
+def sampler(pair):
+    def make(pair_=None, inner=None, card=None, means=None, **settings):
+        pair_ = pair_ or pair()
+        inner = inner or LocalSampler(pair_.policy)
+        return AttributionSampler(inner, pair_, SelectionConfig(n=4, **settings), card, means)
+
+    return make
+
+
+def test_candidate_zero_is_the_inner_samplers_answer(sampler):
+    made = sampler(scorer="first", validity=False)
+    ask = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3}
+    assert [[c.text for c in g] for g in made(prompts(), **ask)] == [
+        [c.text for c in g] for g in made.inner(prompts(), **ask)
+    ]
+    two = made(prompts(), n=2, **ask)
+    assert [[c.text for c in g] for g in two] == [[c.text for c in g] for g in made.inner(prompts(), n=2, **ask)]
+
+
+def test_four_candidates_are_a_prefix_of_eight(sampler):
+    rows = {}
+    for n in (4, 8):
+        made = sampler()
+        made.config = made.config.model_copy(update={"n": n})
+        kept = rows[n] = []
+        made.keep = kept.append
+        made(prompts(), max_new_tokens=8, seed=1)
+    for four, eight in zip(rows[4], rows[8], strict=True):
+        for a, b in zip(four["candidates"], eight["candidates"], strict=False):
+            assert a["token_ids"] == b["token_ids"] and a["risk"] == pytest.approx(b["risk"], abs=2e-6)
+
+
+@pytest.mark.parametrize("scorer", ["latent", "kl", "perplexity", "self_certainty", "length", "rank_fusion", "guard"])
+def test_the_winner_has_the_lowest_risk_of_the_valid(scorer, sampler):
+    made = sampler(scorer=scorer, guard="rules" if scorer == "guard" else None)
+    kept = []
+    made.keep = kept.append
+    answers = made(prompts(6), max_new_tokens=12, temperature=1.0)
+    assert any(len({c["risk"] for c in row["candidates"]}) > 1 for row in kept)
+    for [answer], row in zip(answers, kept, strict=True):
+        group = row["candidates"]
+        allowed = [c for c in group if c["valid"]] or group
+        best = min(allowed, key=lambda c: (c["risk"], c["draw"]))
+        assert group[row["winner"]] == best and answer.text == best["text"]
+
+
+def test_scorers_share_one_pass_and_their_order_is_nothing(sampler):
+    """The risk of a fusion is the sum of what its parts give alone."""
+    from tempering.methods.attribution.scores import ranks
+
+    prompt = prompts(1)[0]
+    made = sampler(scorer="latent")
+    [group] = made.inner([prompt], n=4, max_new_tokens=10, temperature=1.0)
+    alone = {name: sampler(scorer=name).rank(prompt, group).risk for name in ("latent", "kl", "length")}
+    for order in itertools.permutations(alone):
+        fused = sampler(scorer="rank_fusion", fuse=order).rank(prompt, group).risk
+        np.testing.assert_allclose(fused, sum(ranks(r) for r in alone.values()))
+
+
+def test_candidates_made_elsewhere_are_encoded_once_and_flagged(sampler):
+    made = sampler()
+    prompt = prompts(1)[0]
+    [group] = made.inner([prompt], n=3, max_new_tokens=10, temperature=1.0)
+    texts = [Completion(prompt.id, c.text, "stop", c.index) for c in group]
+    found = made.rank(prompt, texts)
+    assert all("reencoded" in f for f in found.flags) and np.isfinite(found.risk).all()
+    assert made.rerank([prompt], [texts])[0].winner == found.winner
+
+
+def test_truncated_failed_and_overlong_candidates(sampler):
+    made = sampler(scorer="latent")
+    prompt = prompts(1)[0]
+    ids = (10, 11, 12)
+    group = [
+        Completion(prompt.id, "cut", "length", 0, ids),
+        Completion(prompt.id, "", "error", 1, error="down"),
+        Completion(prompt.id, "long", "stop", 2, (*[9] * 600, END)),
+        Completion(prompt.id, "", "stop", 3, (END,)),
+        Completion(prompt.id, "fine", "stop", 4, (*ids, END)),
+    ]
+    found = made.rank(prompt, group)
+    assert found.valid == [False, False, False, False, True] and found.winner == 4
+    assert "truncated" in found.flags[0] and "over_context" in found.flags[2] and np.isnan(found.risk[[1, 2]]).all()
+    assert found.risk[0] == pytest.approx(found.risk[4], abs=1e-6), "one end token is appended, for scoring only"
+    none = made.rank(prompt, group[:2])
+    assert none.winner == 0 and "no_valid_candidate" in none.flags[0]
+    assert sampler(validity=False).rank(prompt, group[:2]).flags[0] == ["truncated"]
+
+
+def test_reasoning_that_was_opened_must_be_closed(sampler, tiny_tokenizer):
+    made = sampler()
+
+    def completion(text, index):
+        ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Completion("p", text, "stop", index, (*ids, END))
+
+    texts = ["<think>hm</think>no", "<think>hm", "<think>hm</think>  ", "no"]
+    assert made.rank(prompts(1)[0], [completion(t, i) for i, t in enumerate(texts)]).valid == [
+        True, False, False, True
+    ]  # fmt: skip
+    opened = Prompt(({"role": "user", "content": "how?"}, {"role": "assistant", "content": "<think>\n"}))
+    texts = ["hm</think>no", "hm"]
+    assert made.rank(opened, [completion(t, i) for i, t in enumerate(texts)]).valid == [True, False]
+
+
+def test_above_tau_it_falls_back(sampler):
+    prompt = prompts(1)
+    refused = sampler(tau=-2.0, fallback="refuse")(prompt, max_new_tokens=6)
+    assert refused[0][0].text == SelectionConfig().refusal
+    kept = []
+    made = sampler(tau=-2.0, fallback="resample")
+    made.keep = kept.append
+    [[again]] = made(prompt, max_new_tokens=6)
+    assert again.seed == 1 and kept[0]["fallback"] == "resample"
+    assert sampler(tau=2.0, fallback="refuse")(prompt, max_new_tokens=6)[0][0].text != SelectionConfig().refusal
+    assert sampler(tau=-2.0, fallback="guard", guard="rules")(prompt, max_new_tokens=6)
+
+
+def test_scorers_that_read_weights_need_weights():
+    inner = ScriptedSampler(["no, I will not", "yes, do it"])
+    with pytest.raises(ValueError, match="reads hidden states or logits, and scripted gives none"):
+        AttributionSampler(inner, None, SelectionConfig())
+    for scorer in ("length", "first", "random", "guard"):
+        config = SelectionConfig(n=2, scorer=scorer, guard="rules" if scorer == "guard" else None)
+        [[answer]] = AttributionSampler(inner, None, config)(prompts(1))
+        assert answer.text
+    with pytest.raises(ValueError, match="needs a card"):
+        AttributionSampler(inner, None, SelectionConfig(scorer="first", centre=True))
+
+
+def test_layers_that_are_not_there_are_refused(sampler):
+    with pytest.raises(ValueError, match="3 is above 2"):
+        sampler(layers=(3,))
