@@ -13,12 +13,12 @@ from tempering.core.activations import blocks
 from tempering.core.config import build
 from tempering.core.edit_optimiser import EditOptimiser
 from tempering.core.policy import Policy, load_tensors
-from tempering.core.text_rows import collate_rows
+from tempering.core.text_rows import Tokens, collate_rows
 from tempering.core.training import Processes
 from tempering.exporting import ExportConfig, run_export
 from tempering.methods import unlearn_knowledge as method
 from tempering.methods.unlearn_knowledge.measuring import Measurer, check_start
-from tempering.methods.unlearn_knowledge.meta import Attacker, differentiated_through, draw_attack
+from tempering.methods.unlearn_knowledge.meta import Attacker, Pools, differentiated_through, draw_attack
 from tempering.methods.unlearn_knowledge.objectives import draw_target, norm_of, npo, simnpo
 from tempering.methods.unlearn_knowledge.settings import MetaSettings, UnlearnKnowledgeConfig, plan
 from tempering.methods.unlearn_knowledge.terms import Terms
@@ -143,6 +143,8 @@ def test_several_directions_are_orthonormal_and_dealt_by_a_saved_table():
 def test_layers_that_the_loss_cannot_see_are_refused():
     with pytest.raises(ValueError, match="block 9 is above the loss layer 7"):
         plan(UnlearnKnowledgeConfig(edit_layers=[7, 9]), 30)
+    with pytest.raises(ValueError, match="name blocks from 0"):
+        plan(UnlearnKnowledgeConfig(objective="npo", edit_layers=[-1]), 30)
     with pytest.raises(ValueError, match="blocks 0 to 29"):
         plan(UnlearnKnowledgeConfig(layer=30), 30)
     assert plan(UnlearnKnowledgeConfig(objective="circuit_breakers"), 32).loss_layers == [10, 20]
@@ -218,6 +220,18 @@ def test_a_cached_reference_is_the_computed_one(terms):
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_rows_of_two_files_with_one_id_keep_their_own_states(terms, tmp_path, config):
+    config()
+    other = tmp_path / "other.jsonl"
+    other.write_text((tmp_path / "keep.jsonl").read_text().replace('"keep ', '"and also '))
+    t = terms(objective="cosine_rmu", data={"retain": [str(tmp_path / "keep.jsonl"), str(other)]})
+    rows = [t.corpus.retain[0], t.corpus.retain[12]]
+    assert rows[0].id == rows[1].id and rows[0].ids != rows[1].ids
+    batch = t.batch(rows)
+    kept, computed = (f.of(rows, batch) * batch.mask[..., None] for f in (t.frozen, t.frozen_forget))
+    assert torch.allclose(kept, computed, atol=1e-5)
+
+
 def test_compat_equals_an_independent_loop_step_for_step(terms):
     """Two models, left padding with the end token, flat means, and the AdamW that transformers once had."""
     t = terms(objective="rmu", compat="wmdp", coefficient=[6.5, 3.0], alpha=100, lr=1e-2, shuffle=False, skip_first=0)
@@ -278,7 +292,7 @@ def test_the_first_order_meta_gradient_is_autograd_at_the_attacked_weights(adver
     # The same once more, by a model whose weights really are the attacked ones.
     attack = draw_attack(t.config.meta, 42, 0, False)
     query = [t.pools[0].query[i] for i in query_rows(t)]
-    loss = lambda: t.query_loss(query, float(len(query)), 0)  # noqa: E731
+    loss = lambda: t.query_loss(t.batch(query), float(len(query)), 0, None)  # noqa: E731
     at_start = loss()
     with t.attacker.present({}):
         attacked = {n: p.detach().clone() for n, p in t.policy.model.named_parameters()}
@@ -295,6 +309,41 @@ def query_rows(t):
 
     pool = t.pools[0].query
     return stream_rows(len(pool), min(4, len(pool)), 0, 42, STREAM_QUERY)
+
+
+def test_every_topic_is_attacked_however_rarely_attacks_come(terms):
+    t = terms(steps=8, meta={"every": 2})
+    assert [t.meta_gradient(i, i % 2, 1.0, {}) is not None for i in range(8)] == [True, True, False, False] * 2
+
+
+def test_states_as_they_were_are_those_before_the_attack(terms, monkeypatch):
+    t = terms(target="anti_frozen", meta={"adversary": "full", "lr": [0.05, 0.05]})
+    rows = [t.pools[0].query[i] for i in query_rows(t)]
+    want, seen, query_loss = t.frozen_forget.of(rows, t.batch(rows)), [], t.query_loss
+    monkeypatch.setattr(t, "query_loss", lambda *given: (seen.append(given[3]), query_loss(*given))[1])
+    t.meta_gradient(0, 0, 1.0, {})
+    assert len(seen) == 2 and all(torch.equal(h0, want) for h0 in seen)
+
+
+def test_an_attack_on_bfloat16_weights_is_not_rounded_away(terms):
+    t = terms(meta={"adversary": "full", "lr": [4e-5, 4e-5]})
+    t.policy.model.bfloat16()
+    attack, rows = draw_attack(t.config.meta, 0, 0, False), t.rows_of(0, 0)[0]
+    t.attacker.reset(0, 0, attack)
+    start = {n: p.clone() for n, p in t.attacker.overlay.items()}
+    for _ in range(12):
+        t.attacker.learn(lambda: t.token_nll(rows, rows), True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (t.attacker.overlay[name] != start[name]).float().mean() > 0.5
+
+
+def test_a_persistent_attacker_goes_from_benign_texts_on_to_harmful_ones():
+    settings = MetaSettings(adversary="persistent", reset_every=40, mix={"retain_then_forget": 1.0})
+    attack = draw_attack(settings, 1, 0, has_mcq=False)
+    assert 8 < attack.benign_steps < 40
+    rows = [[Tokens(name, name, [1, 2])] for name in ("support", "query", "benign", "mcq")]
+    taken = [Pools(*rows).batch(attack, step, step, 1, 0)[0].id for step in (0, attack.benign_steps)]
+    assert taken == ["benign", "support"]
 
 
 @pytest.mark.parametrize("adversary", ["lora", "full", "persistent"])
@@ -527,6 +576,15 @@ def test_texts_to_forget_that_hold_a_question_are_named_row_by_row(config, tmp_p
     with pytest.raises(ValueError, match="leak holds q3") as error:
         check_start(c, Measurer(c, policy))
     assert "Nobody" not in str(error.value)
+
+
+def test_questions_of_the_attacker_that_are_asked_afterwards_are_named(config, tmp_path):
+    asked = questions_file(tmp_path)
+    given = tmp_path / "given.jsonl"
+    given.write_text(Path(asked).read_text().splitlines()[3].replace('"q3"', '"mine"') + "\n")
+    c = config(data={"questions": asked, "attack_questions": str(given)}, allow_chance=True)
+    with pytest.raises(ValueError, match="mine is q3; remove"):
+        train(c)
 
 
 def test_a_text_cannot_be_forgotten_and_kept(config, tmp_path):

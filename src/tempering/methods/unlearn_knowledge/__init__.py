@@ -75,6 +75,8 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
     processes = Processes(policy.device, config.report_to)
     if processes.shards:
         raise ValueError("FSDP2 shards weights, which unlearning edits in place; use one process a model, or DDP")
+    if config.compat and processes.world > 1:
+        raise ValueError("compat=wmdp counts the pads of whole batches; run it in one process")
     measurer = Measurer(config, policy)
     known = check_start(config, measurer)
     run = Run.create(config.out, METHOD, config, resume=resume, is_main=processes.is_main)
@@ -101,7 +103,7 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
 def taught(config: UnlearnKnowledgeConfig) -> str:
     """Teach the start model the bundled facts beside `out`, unless that was done before; returns that run."""
     name = f"taught-{content_id(config.model, config.dtype)[:8]}"
-    if config.model == EMBEDDED:
+    if config.model == EMBEDDED and config.dtype == "auto":
         name = f"taught-{config.model}"
     root = Path(config.out).parent / name
     if not Run(root).is_done:

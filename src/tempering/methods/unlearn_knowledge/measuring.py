@@ -55,6 +55,8 @@ class Measurer:
         limit = config.max_retain_length
         rows = [list(policy.tokenizer(t.text)["input_ids"])[:limit] for t in texts]
         self.neutral = [Encoded(ids, 0) for ids in rows if len(ids) > 1]
+        if not self.neutral:
+            raise ValueError(f"data.neutral={config.data.neutral}: no text of at least two tokens to measure on")
         self.start_accuracy = self.accuracies()
 
     def accuracies(self) -> dict[str, float]:
@@ -117,13 +119,23 @@ def check_start(config: UnlearnKnowledgeConfig, measurer: Measurer) -> Chance | 
     Returns how much it knows; `None` where no question asks, and nothing can be claimed.
 
     Raises:
-        ValueError: it is at chance, or a text to forget holds a question (every such row is named).
+        ValueError: it is at chance, or a text to forget holds a question, or the simulated attacker is given one
+            (every such row is named).
     """
     asked = {q.id: q.question for q in measurer.questions}
     if found := contaminated(to_forget(config), asked):
         raise ValueError(
             f"data.train holds questions that the model is asked afterwards: {', '.join(found)}; remove these rows"
         )
+    if config.data.attack_questions:
+        words = {" ".join(q.casefold().split()): i for i, q in asked.items()}
+        given = [(q.id, words.get(" ".join(q.question.casefold().split()))) for q in
+                 read_questions(config.data.attack_questions)]  # fmt: skip
+        if both := [f"{i} is {j}" for i, j in given if j]:
+            raise ValueError(
+                "data.attack_questions holds questions that the model is asked afterwards: "
+                f"{', '.join(both)}; remove these rows"
+            )
     known = measurer.known()
     if known is None:
         say("[yellow]no questions about what is to be forgotten (data.questions): nothing will be claimed[/]")

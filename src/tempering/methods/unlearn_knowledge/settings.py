@@ -72,7 +72,7 @@ class MetaSettings(Config):
     weight: float = Field(default=1.0, ge=0)
     """Of the gradient at the attacked weights (lambda_meta); 0: no attack, which is `cosine_rmu`."""
     every: int = Field(default=4, ge=1)
-    """Outer steps from one attack to the next (1 at 7B)."""
+    """Outer steps of a topic from one attack on it to the next (1 at 7B)."""
     warmup: float = Field(default=0.2, ge=0, le=1)
     """Share of the steps before the first attack."""
     steps: int = Field(default=8, ge=1)
@@ -102,6 +102,11 @@ class MetaSettings(Config):
     """Attack and judge on the same records: the control that rewards memorised batches."""
     disruption_mask: bool = False
     """Leave out entries of the forget gradients whose sign opposes the running mean of the retain gradient."""
+
+    @property
+    def life(self) -> int:
+        """Steps that an attacker takes in all."""
+        return self.reset_every if self.adversary == "persistent" else self.steps
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaSettings:
@@ -140,7 +145,8 @@ class UnlearnKnowledgeConfig(Config):
     """`rmu` exactly as the released WMDP code computes it: pads counted, flat means, positive directions, its
     AdamW."""
     coefficient: float | list[float] = 6.5
-    """`rmu`: length c of the point that states are driven to; a list has one per topic."""
+    """`rmu`: length c of the point that states are driven to; a list has one per topic, these in alphabetical
+    order."""
     scale: float = Field(default=5.0, gt=0)
     """`adaptive_rmu`: that length in units of the frozen state's."""
     adaptive: Literal["per_token", "first_batch"] = "per_token"
@@ -162,7 +168,7 @@ class UnlearnKnowledgeConfig(Config):
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens, pads included, that are computed at a time."""
     max_length: int | list[int] = 512
-    """Longest text, in tokens, cut at its end; a list has one per topic."""
+    """Longest text, in tokens, cut at its end; a list has one per topic, these in alphabetical order."""
     max_retain_length: int = Field(default=512, ge=1)
     """The same, of texts to keep."""
     shuffle: bool = True
@@ -276,7 +282,9 @@ def plan(config: UnlearnKnowledgeConfig, count: int) -> Plan:
         edited = sorted({i for at in loss_layers for i in range(max(0, at - 2), at + 1)})
     else:
         edited = sorted(set(config.edit_layers))
-    if edited and edited[-1] > top:
+    if not edited or edited[0] < 0:
+        raise ValueError(f"edit_layers={edited}: name blocks from 0 to {top}, or auto")
+    if edited[-1] > top:
         raise ValueError(
             f"edit_layers={edited}: block {edited[-1]} is above the loss layer {top}, which cannot see it"
         )

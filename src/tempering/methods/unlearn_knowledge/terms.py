@@ -230,7 +230,8 @@ class Terms:
         if attacker is None or t < settings.warmup * self.config.steps:
             return None
         is_persistent = settings.adversary == "persistent"
-        if t % settings.every and not is_persistent:
+        # Counted by topic: topics alternate, and every fourth step would always be that of the same one.
+        if t // len(self.topics) % settings.every and not is_persistent:
             return None
         pools = self.pools[topic]
         query_at = stream_rows(
@@ -247,7 +248,8 @@ class Terms:
             self._add_defence(found, query, topic, 1.0, facts)
         weights = checkpoint_weights(settings.checkpoints, settings.steps)
         for j in range(1, 2 if is_persistent else settings.steps + 1):
-            rows = pools.batch(attack, t, j - 1, settings, self.config.batch_rows, self.config.seed)
+            step, index = (t - drawn, t) if is_persistent else (j - 1, t * settings.steps + j - 1)
+            rows = pools.batch(attack, step, index, self.config.batch_rows, self.config.seed)
             facts["attack"] = attacker.learn(partial(self.token_nll, rows, rows), attack.is_everywhere)
             if not is_persistent and j in weights:
                 self._add_defence(found, query, topic, weights[j], facts)
@@ -262,20 +264,22 @@ class Terms:
         part: Gradients = {n: torch.zeros_like(g) for n, g in found.items()}
         value = 0.0
         if mine:
-            part, value = self.attacker.defend(lambda: self.query_loss(mine, float(len(query)), topic))
+            batch = self.batch(mine)
+            # Before the attacker is there, who would change what the states were.
+            h0 = self.frozen_forget.of(mine, batch) if needs_frozen(self.config) else None
+            part, value = self.attacker.defend(lambda: self.query_loss(batch, float(len(query)), topic, h0))
         for n in found:
             g = part[n].float()
             found[n] += weight * (self.processes.accelerator.reduce(g) if self.processes.world > 1 else g)
         [value] = self.processes.sum([value])
         facts["query"] = facts.get("query", 0.0) + weight * value
 
-    def query_loss(self, rows: list[Tokens], total: float, topic: int) -> Tensor:
+    def query_loss(self, batch: TokenRows, total: float, topic: int, h0: Tensor | None) -> Tensor:
         """The forget term on texts that the attacker has not seen, less mu_H times the entropy of the output.
 
         The state is read at one block: an attacker that adapts later ones shows only in the output.
         """
-        batch, mu = self.batch(rows), self.config.meta.entropy
-        h0 = self.frozen_forget.of(rows, batch) if needs_frozen(self.config) else None
+        mu = self.config.meta.entropy
         h, *final = read_states(self.policy, batch, [self.plan.layer], to_end=mu > 0)
         x = forget_tokens(self.config, h, self.target.at(topic, batch.ids), self.lengths[topic], h0)
         if final:

@@ -130,7 +130,7 @@ def tokenize(config: UnlearnKnowledgeConfig, tokenizer: Any) -> Corpus:
         out = []
         for text in texts:
             ids = list(tokenizer(text.text)["input_ids"])[:length]
-            if len(text.text) < config.data.min_characters or len(ids) <= config.skip_first:
+            if len(text.text) < config.data.min_characters or len(ids) <= max(1, config.skip_first):
                 dropped[f"too short to {what}"] = dropped.get(f"too short to {what}", 0) + 1
             else:
                 out.append(Tokens(text.id, text.record, ids))
