@@ -76,7 +76,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="staged_competence, deliberative, safemoe, unlearn_knowledge, teach, sft, or attribution (a card)."
+            help="staged_competence, deliberative, safemoe, unlearn_knowledge, unlearn_toxicity, teach, sft, or "
+            "attribution (a card)."
         ),
     ],
     items: Overrides = None,
@@ -543,6 +544,7 @@ def judge_check(
         str,
         typer.Argument(
             help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], detoxify[:VARIANT], "
+            "profanity_svm, "
             "ensemble:JUDGE+JUDGE[+...] or pairwise:openai:MODEL@URL[#QUESTION]."
         ),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from tempering.api import evaluate, method_module, report
-from tempering.core.config import Config, build, merge, read_yaml
+from tempering.core.config import Config, EvalStep, build, merge, read_yaml
 from tempering.core.loading import Dtype
 from tempering.core.policy import Policy
 from tempering.core.progress import say
@@ -33,15 +33,6 @@ class Arm(Config):
     method with `shared` alone."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Settings on top of both."""
-
-
-class EvalStep(Config):
-    """One eval that every arm is measured with."""
-
-    eval: str
-    """harm, over_refusal, capability, toxicity, knowledge, separation, depth."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Its settings."""
 
 
 class CompareConfig(Config):

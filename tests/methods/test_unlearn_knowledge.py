@@ -148,7 +148,8 @@ def test_layers_that_the_loss_cannot_see_are_refused():
     with pytest.raises(ValueError, match="blocks 0 to 29"):
         plan(UnlearnKnowledgeConfig(layer=30), 30)
     assert plan(UnlearnKnowledgeConfig(objective="circuit_breakers"), 32).loss_layers == [10, 20]
-    assert plan(UnlearnKnowledgeConfig(objective="npo"), 4)[2:4] == ([0, 1, 2, 3], True)
+    whole = plan(UnlearnKnowledgeConfig(objective="npo"), 4)
+    assert whole.edit_layers == [0, 1, 2, 3] and whole.is_whole
 
 
 # --- laws of the terms ----------------------------------------------------------------------------------

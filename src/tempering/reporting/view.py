@@ -23,6 +23,7 @@ from tempering.reporting.safemoe import ribbons
 from tempering.reporting.systems import System, corrected_name, judge_cards, meaning, metric_order, summary_metrics
 from tempering.reporting.training import arms_plot, difficulty_note, training_plots
 from tempering.reporting.transcripts import examples
+from tempering.reporting.unlearning import called
 
 _PHASES = ("scoring", "reference", "training", "evaluation", "report")
 
@@ -174,7 +175,7 @@ def _training(runs: Sequence[RunData]) -> list[dict[str, Any]]:
                 sections.append(
                     {
                         "name": name,
-                        "method": one.method,
+                        "method": called(one),
                         "plots": [Markup(svg) for svg in svgs],
                         "difficulty": difficulty_note(one),
                         "ribbons": [Markup(ribbon) for ribbon in ribbons(one.root, one.config)],
@@ -203,7 +204,7 @@ def _provenance(run: RunData) -> dict[str, Any]:
     command, versions = p.get("command"), p.get("versions")
     return {
         "name": run.name,
-        "method": run.method,
+        "method": called(run),
         "model": base_model(run),
         "command": " ".join(map(str, command)) if isinstance(command, list) else str(command or "unknown"),
         "created": str(p.get("created") or "unknown"),

@@ -57,6 +57,7 @@ class Measurer:
         self.neutral = [Encoded(ids, 0) for ids in rows if len(ids) > 1]
         if not self.neutral:
             raise ValueError(f"data.neutral={config.data.neutral}: no text of at least two tokens to measure on")
+        self.before: list[torch.Tensor] = []
         self.start_accuracy = self.accuracies()
 
     def accuracies(self) -> dict[str, float]:
@@ -72,29 +73,44 @@ class Measurer:
         asked = [q for q in self.questions if q.category == FORGET]
         return against_chance(right_answers(self.policy, asked, self.config.batch_tokens), asked) if asked else None
 
+    @property
+    def chance(self) -> float:
+        """Share of the development questions that guessing answers."""
+        return _chance(self.dev)
+
     def measure(self, step: int) -> Measured:
         """Measure the model as it is now, without gradient."""
         with torch.no_grad():
             accuracy = self.accuracies()
-            kl, perplexity = self.drift()
-        return Measured(step, accuracy, kl, perplexity, score(self.start_accuracy, accuracy, _chance(self.dev)))
+            kl, perplexity = self.kl(), self.perplexity()
+        return Measured(step, accuracy, kl, perplexity, score(self.start_accuracy, accuracy, self.chance))
 
-    def drift(self) -> tuple[float, float]:
-        """Return KL(before || now) in nats a token, and the perplexity, of neutral text."""
-        policy, total, count = self.policy, 0.0, 0
-        for picked in fill_batches([len(row.ids) for row in self.neutral], self.config.batch_tokens):
-            batch = collate([[self.neutral[i]] for i in picked], policy.tokenizer.pad_token_id, policy.device)
-            now = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
+    def kl(self) -> float:
+        """KL(before || now) of neutral text, in nats a token; what was before is computed once."""
+        policy = self.policy
+        batches = [
+            collate([[self.neutral[i]] for i in picked], policy.tokenizer.pad_token_id, policy.device)
+            for picked in fill_batches([len(row.ids) for row in self.neutral], self.config.batch_tokens)
+        ]
+        if not self.before:
             with policy.reference():
-                before = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
-            total += float(kl_from_base(policy.model, now, before).sum())
+                self.before = [hidden_states(policy.model, b.ids).flatten(0, 1)[b.source] for b in batches]
+        total, count = 0.0, 0
+        for batch, before in zip(batches, self.before, strict=True):
+            with torch.no_grad():
+                now = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
+                total += float(kl_from_base(policy.model, now, before).sum())
             count += len(batch.source)
+        return total / count
+
+    def perplexity(self) -> float:
+        """Of neutral text."""
         scored = score_groups(
-            policy.scorer, [[row] for row in self.neutral], pad_id=policy.tokenizer.pad_token_id,
-            device=policy.device, max_tokens=self.config.batch_tokens,
+            self.policy.scorer, [[row] for row in self.neutral], pad_id=self.policy.tokenizer.pad_token_id,
+            device=self.policy.device, max_tokens=self.config.batch_tokens,
         )  # fmt: skip
-        nll = -sum(nats for [(nats, _)] in scored) / count
-        return total / count, math.exp(min(nll, 100.0))
+        nll = -sum(nats for [(nats, _)] in scored) / sum(tokens for [(_, tokens)] in scored)
+        return math.exp(min(nll, 100.0))
 
 
 def score(start: dict[str, float], now: dict[str, float], chance: float) -> float | None:
