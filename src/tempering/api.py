@@ -17,7 +17,6 @@ from tempering.core.quarantine import BUNDLE, require_safe
 from tempering.core.records import content_id
 from tempering.core.run import Run
 from tempering.core.sampling import Sampler, load_sampler
-from tempering.core.training import is_first_process
 
 if TYPE_CHECKING:
     from tempering.evals import EvalConfig
@@ -91,31 +90,10 @@ def train(
         ValueError, FileNotFoundError, FileExistsError: wrong input; nothing has been written.
     """
     module = method_module(method)
-    settings: Any = config if isinstance(config, Config) else build(module.CONFIG, dict(config), "configuration")
-    for step in getattr(settings, "evals_due", ()):
-        _eval_config([step.eval], step.settings)  # what there is not is refused before hours of training
+    settings = config if isinstance(config, Config) else build(module.CONFIG, dict(config), "configuration")
     if hasattr(module, "stages"):
         policy = _run_stages(module, settings, resume, policy)
-    run = module.train(settings, resume=resume, policy=policy)
-    measure(run, settings)
-    return run
-
-
-def measure(run: Run, settings: Any) -> None:
-    """Run the evals that a method's configuration asks for after training; those that are there are kept.
-
-    Raises:
-        ValueError, FileNotFoundError: an eval, or a setting of one, that there is not.
-    """
-    steps = getattr(settings, "evals_due", ())
-    left = [step for step in steps if not run.has(f"evals/{step.eval}.json")]
-    if not left or not is_first_process():
-        return
-    sampler = load(str(run.root), dtype=settings.dtype)
-    for step in left:
-        say(f"eval {step.eval}")
-        evaluate(sampler, [step.eval], out=run.root, resume=True, **step.settings)
-    say(f"results in {run.root / 'evals'}")
+    return module.train(settings, resume=resume, policy=policy)
 
 
 def _run_stages(module: ModuleType, settings: Any, resume: bool, policy: Policy | None) -> Policy:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from tempering.api import evaluate, method_module, report
-from tempering.core.config import Config, EvalStep, build, merge, read_yaml
+from tempering.core.config import Config, build, merge, read_yaml
 from tempering.core.loading import Dtype
 from tempering.core.policy import Policy
 from tempering.core.progress import say
@@ -33,6 +33,15 @@ class Arm(Config):
     method with `shared` alone."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Settings on top of both."""
+
+
+class EvalStep(Config):
+    """One eval that every arm is measured with."""
+
+    eval: str
+    """harm, over_refusal, capability, toxicity, knowledge, separation, depth."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its settings."""
 
 
 class CompareConfig(Config):
@@ -84,8 +93,11 @@ def run_compare(config: CompareConfig, method: str, *, resume: bool = False) -> 
         if module is None:
             Run.create(folder, "base", settings, resume=True)
         else:
+            was_done = Run(folder).is_done
             module.train(settings, resume=folder.exists(), policy=policy)
-            if not policy.adapters:  # it was trained before, and only evals are missing; or all weights changed
+            # It was trained before, and only evals are missing; all weights changed; or an edit, whose evals read
+            # what its run knows.
+            if was_done or not policy.adapters or policy.originals:
                 policy = Policy.load(str(folder), dtype=config.dtype)
         for step in config.evals:
             given = dict(step.settings)

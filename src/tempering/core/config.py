@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Config(BaseModel):
@@ -33,21 +33,6 @@ class Config(BaseModel):
     @classmethod
     def _in_long(cls, value: Any) -> Any:
         return long_forms(cls.SHORT, value) if cls.SHORT and isinstance(value, dict) else value
-
-
-class EvalStep(Config):
-    """One eval that models are measured with."""
-
-    eval: str
-    """harm, over_refusal, capability, toxicity, knowledge, separation, depth, relearning, quantisation,
-    direction_ablation, ..."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Its settings."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _in_one_word(cls, value: Any) -> Any:
-        return {"eval": value} if isinstance(value, str) else value
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -12,6 +12,7 @@ from tempering.core.chat import Encoded, collate, fill_batches
 from tempering.core.logprobs import hidden_states, kl_from_base, score_groups
 from tempering.core.policy import Policy
 from tempering.core.progress import say
+from tempering.core.stats import forgotten, kept
 from tempering.methods.unlearn_knowledge.quiz import Chance, Question, against_chance, read_questions, right_answers
 from tempering.methods.unlearn_knowledge.settings import UnlearnKnowledgeConfig
 from tempering.methods.unlearn_knowledge.texts import DEMO, contaminated, neutral_texts, read_texts, to_forget
@@ -119,14 +120,11 @@ def score(start: dict[str, float], now: dict[str, float], chance: float) -> floa
     >>> round(score({"forget": 0.65, "kept": 0.75}, {"forget": 0.35, "kept": 0.65}, 0.25), 3)
     0.75
     """
-    if FORGET not in start or start[FORGET] <= chance:
+    gone = forgotten(start[FORGET], now[FORGET], chance) if FORGET in start else None
+    if gone is None:
         return None
-
-    def left(name: str) -> float:
-        return min(1.0, max(0.0, (now[name] - chance) / (start[name] - chance)))
-
-    kept = [left(name) for name in start if name != FORGET and start[name] > chance]
-    return min([1 - left(FORGET), *kept])
+    left = [kept(start[name], now[name], chance) for name in start if name != FORGET]
+    return min([gone, *(share for share in left if share is not None)])
 
 
 def check_start(config: UnlearnKnowledgeConfig, measurer: Measurer) -> Chance | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from tempering.core.bank import Bank
-from tempering.core.config import Config, EvalStep
+from tempering.core.config import Config
 from tempering.core.editing import Role
 from tempering.core.loading import EMBEDDED, Dtype
 from tempering.core.policy import LoraSettings
@@ -31,14 +31,6 @@ COSINE = ("meta_cosine_rmu", "cosine_rmu")
 OUTPUT_SPACE = ("grad_diff", "npo", "simnpo")
 SWEEP = (0.2, 0.4)
 """Share of the depth at which layer=sweep looks."""
-DEMO_QUESTIONS = {"data": "demo_facts", "option_score": "mean", "prompt_format": "raw"}
-EVALS = (
-    EvalStep(eval="knowledge", settings=DEMO_QUESTIONS),
-    EvalStep(eval="relearning"),
-    EvalStep(eval="quantisation"),
-    EvalStep(eval="direction_ablation"),
-)
-"""What follows training on the bundled facts."""
 
 
 class Defaults(NamedTuple):
@@ -238,9 +230,6 @@ class UnlearnKnowledgeConfig(Config):
     """Go on where the start model knows no more than chance; nothing is claimed then."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints (and at the end)."""
-    evals: tuple[EvalStep, ...] | None = None
-    """Evals that follow training, each a name or {eval: NAME, settings: {...}}; null: with `demo`, knowledge and the
-    three attacks (relearning, quantisation, direction_ablation), else none. []: none."""
     report_to: str | None = None
     """An Accelerate tracker (tensorboard, wandb, ...) beside metrics.jsonl."""
 
@@ -289,12 +278,6 @@ class UnlearnKnowledgeConfig(Config):
     def is_searched(self) -> bool:
         """Whether the loss layers are only known once something has been measured."""
         return self.layer == "sweep" or (self.objective == "probe" and self.layers == "auto")
-
-    @property
-    def evals_due(self) -> tuple[EvalStep, ...]:
-        """The evals that follow training."""
-        default = EVALS if self.data.train == "demo" and not self.probes_only else ()
-        return default if self.evals is None else self.evals
 
     @property
     def price(self) -> str:

@@ -14,6 +14,7 @@ from tempering.core.policy import Policy
 from tempering.core.probes import auroc, difference_of_means, mean_states
 from tempering.core.progress import progress, say
 from tempering.core.run import Run
+from tempering.core.stats import forgotten
 from tempering.core.training import Processes
 from tempering.methods.unlearn_knowledge.measuring import FORGET, Measurer
 from tempering.methods.unlearn_knowledge.settings import UnlearnKnowledgeConfig, plan, swept_layers
@@ -81,9 +82,9 @@ def trials(
                 advance(1)
             now = measurer.measure(TRIAL_STEPS)
             policy.undo_edit()
-            forgotten = min(1.0, max(0.0, (before - now.accuracy[FORGET]) / (before - chance)))
-            rows.append({"layer": layer, "auroc": aurocs[layer], "forgotten": forgotten, "kl": now.kl,
-                         "score": forgotten - PRICE * now.kl})  # fmt: skip
+            gone = forgotten(before, now.accuracy[FORGET], chance) or 0.0
+            rows.append({"layer": layer, "auroc": aurocs[layer], "forgotten": gone, "kl": now.kl,
+                         "score": gone - PRICE * now.kl})  # fmt: skip
     return {"steps": TRIAL_STEPS, "layers": rows}
 
 
