@@ -144,7 +144,7 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
         for row in rows:
             run.append_row(file, row)
 
-    return Journal(done, keep, str(run.root / file))
+    return Journal(done, keep, str(run.root / file), run.root)
 
 
 __all__ = [

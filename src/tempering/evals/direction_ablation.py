@@ -10,11 +10,14 @@ l is the last edited block, or `ablation_layer`. The rows of Q span, orthonormal
                       unlearning adds most; an attacker who has the original finds them
     mean_difference   mean state of forget texts less that of everyday texts, under the target alone
     joint             all of these at once
+    random            as many random ones: the null, which counts as no attack
 
 Methods that drive states towards one direction hide more than they delete: with RMU one "junk" direction brings back
 about 70 % of the gap (prior work). States are those of the tokens after the first, of up to 128 texts of each sort.
 
-`recovered_fraction/NAME`; `recovered_fraction/direction_ablation` is the largest.
+`recovered_fraction/NAME`; `recovered_fraction/direction_ablation` is the largest. From controls the set that brings
+back most of the target is taken out, too (`METRIC/undefended/NAME`, `METRIC/gold/NAME`). Finished measurements are
+kept, and not made again with `--resume`.
 
     temper eval runs/mine direction_ablation
 """
@@ -32,9 +35,12 @@ from tempering.evals.recovery import (
     attacked_metrics,
     attacked_rows,
     benign_texts,
+    controls,
     forget_texts,
+    kept,
     original,
     subject,
+    worst_attack,
 )
 from tempering.evals.results import Cost, EvalResult, Journal, Progress
 from tempering.evals.settings import EvalConfig, settled
@@ -52,6 +58,7 @@ TEXTS = 128
 TOP = 10
 BATCH_TOKENS = 4096
 DIRECTIONS = "final/directions.safetensors"
+NULLS = ("random", "random_onward")
 Directions = dict[int, "Tensor"]
 """Block, counted from 0 -> orthonormal rows (k, D) that are taken out after it."""
 
@@ -70,32 +77,48 @@ def evaluate(
         FileNotFoundError, ValueError: the target has no weights here, or its original, its items, an attacker's
             texts or the block are not known.
     """
-    from tempering.core.activations import projected_out
-
-    del journal  # as many measurements as there are attacks
-    cost, config = Cost(), settled(NAME, config)
-    about = subject(sampler, NAME, config, toxicity_judge, cost)
+    journal, cost, config = journal or Journal(), Cost(), settled(NAME, config)
+    about = subject(sampler, NAME, config, toxicity_judge, cost, journal)
     warnings = list(about.warnings)
     layer = ablation_layer(about.policy, config)
     attacks = found_directions(about, config, layer, warnings)
+    models = controls(about, config)
     attacked: dict[str, Values] = {}
-    for name, directions in attacks.items():
-        with projected_out(about.policy.model, {block + 1: q for block, q in directions.items()}):
-            attacked[name] = about.measure(about.policy)
+
+    def attack(who: str, name: str, policy: Policy) -> None:
+        full = f"{who}/{name}" if who else name
+        attacked[full] = kept(journal, full, lambda: measured_without(about, policy, attacks[name]))
         if progress:
-            progress(len(attacked), len(attacks))
+            progress(len(attacked), len(attacks) + len(models) - 1)
+
+    for name in attacks:
+        attack("", name, about.policy)
+    worst = worst_attack(attacked, NULLS)
+    for who, opened in models.items():
+        if who:
+            with opened() as policy:
+                attack(who, worst, policy)
     return EvalResult(
         attacked_rows(about, attacked),
-        attacked_metrics(about, NAME, attacked),
+        attacked_metrics(about, NAME, attacked, NULLS),
         {},
         cost.summary(),
         warnings,
         about.source,
         {
+            "levels": about.levels,
             "layer": layer,
             "directions": {name: {str(b): len(q) for b, q in found.items()} for name, found in attacks.items()},
         },
     )
+
+
+def measured_without(about: Subject, policy: Policy, directions: Directions) -> Values:
+    """Ask a model from whose states these directions are taken out; no hook is left afterwards."""
+    from tempering.core.activations import projected_out
+
+    with projected_out(policy.model, {block + 1: q for block, q in directions.items()}):
+        return about.measure(policy)
 
 
 def found_directions(about: Subject, config: EvalConfig, layer: int, warnings: list[str]) -> dict[str, Directions]:
@@ -134,6 +157,9 @@ def found_directions(about: Subject, config: EvalConfig, layer: int, warnings: l
             out[f"{name}_onward"] = dict.fromkeys(range(layer, last + 1), q)
     if not out:
         raise ValueError(f"no direction is to be found after block {layer}; name another with ablation_layer=N")
+    drawn = torch.randn(len(sets["joint"]), h.shape[1], generator=torch.Generator().manual_seed(config.seed))
+    for name, blocks in zip(NULLS, ([layer], range(layer, last + 1)), strict=True):
+        out[name] = dict.fromkeys(blocks, orthonormal(drawn))
     return out
 
 
@@ -198,7 +224,7 @@ def right_singular(x: Tensor, count: int) -> Tensor:
     """The first right singular vectors of (n, D), as rows; fewer where the rank is lower, none of zeros."""
     import torch
 
-    values, vectors = torch.linalg.eigh((x.double().T @ x.double()))
+    values, vectors = torch.linalg.eigh(x.double().T @ x.double())
     kept = [i for i in reversed(range(len(values))) if values[i] > 1e-10 * max(float(values[-1]), 1e-30)]
     return vectors[:, kept[:count]].T.float().contiguous() if float(values[-1]) > 0 else x.new_zeros((0, x.shape[1]))
 

@@ -4,18 +4,20 @@ Every weight matrix of the blocks is rounded and put back, and the target is ask
 
     int8               W / s rounded to -127..127, s the largest |W| of a row over 127 (symmetric)
     q8_0, q4_0, q4_1   blocks of 32 along a row, through `gguf.quants`, bit for bit as in a .gguf file
+    nf4                blocks of 64 of the whole matrix: W / s to the nearest of 16 quantiles of a Gaussian, s the
+                       largest |W| of the block (Dettmers et al. 2023, arXiv:2305.14314), s itself not rounded
 
 Embeddings, norms and output layer stay (our choice). Adapters are merged first, as who publishes such a file does;
 rounded values are kept in the dtype of the model. A matrix whose rows are no multiple of 32 stays as it is under
 q*_*, and is remarked.
 
-`recovered_fraction/FORMAT` is of the rounded target; `recovered_fraction/quantisation` the largest. The original is
-not rounded: it is the reference for all. `snapped_back/FORMAT` is the share of the entries that the edit changed
-whose rounded code is the one that the original's weight has too: there the edit is gone. Weights that come from such
-a grid (those of `smollm2` do, Q4_1) go back to where they were where the edit is below half a step. RMU partly
-returns at Q4_0 (prior work).
+`recovered_fraction/FORMAT` is of the rounded target, `recovered_fraction/quantisation` the largest, both of the gap to
+the original as it is. Controls are rounded, too (`METRIC/undefended/FORMAT`, `METRIC/gold/FORMAT`).
+`snapped_back/FORMAT` is the share of the entries that the edit changed whose rounded code is the one that the
+original's weight has too: there the edit is gone. Weights that come from such a grid (those of `smollm2` do, Q4_1) go
+back to where they were where the edit is below half a step. RMU partly returns at Q4_0 (prior work).
 
-NF4 is not among them.
+Finished measurements are kept, and not made again with `--resume`.
 
     temper eval runs/mine quantisation
     temper eval runs/mine quantisation quantisations=[q4_0]
@@ -24,8 +26,9 @@ NF4 is not among them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,7 +36,17 @@ from numpy.typing import NDArray
 
 from tempering import judges
 from tempering.core.stats import wilson
-from tempering.evals.recovery import Values, attacked_metrics, attacked_rows, interval_entry, original, subject
+from tempering.evals.recovery import (
+    Subject,
+    Values,
+    attacked_metrics,
+    attacked_rows,
+    controls,
+    interval_entry,
+    kept,
+    original,
+    subject,
+)
 from tempering.evals.results import Cost, EvalResult, Journal, Progress
 from tempering.evals.settings import EvalConfig, settled
 
@@ -43,8 +56,14 @@ if TYPE_CHECKING:
     from tempering.core.policy import Policy
     from tempering.core.sampling import Sampler
 
-BLOCK = 32
+BLOCK, NF4_BLOCK = 32, 64
 NAME = "quantisation"
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Values of the 16 codes of NF4 (appendix E there)."""
 
 
 def evaluate(
@@ -60,39 +79,25 @@ def evaluate(
     Raises:
         FileNotFoundError, ValueError: the target has no weights here, its original or its items are not known.
     """
-    del journal  # as many measurements as there are formats
-    cost, config = Cost(), settled(NAME, config)
-    about = subject(sampler, NAME, config, toxicity_judge, cost)
-    policy, formats = about.policy, list(config.quantisations)
-    now = {name: _hash(weight) for name, weight in effective(policy)}
-    with original(policy, about.run, config) as before:
-        start = {name: weight for name, weight in effective(before) if now.get(name) != _hash(weight)}
-    edited = sorted(set(start) & set(now))
+    journal, cost, config = journal or Journal(), Cost(), settled(NAME, config)
+    about = subject(sampler, NAME, config, toxicity_judge, cost, journal)
+    warnings, formats, models = list(about.warnings), list(config.quantisations), controls(about, config)
+    snapped, edited = snapped_back(about, config)
     attacked: dict[str, Values] = {}
-    snapped: dict[str, Any] = {}
-    warnings = list(about.warnings)
-    for done, fmt in enumerate(formats):
-        new, left, count, total = {}, [], 0, 0
-        for name, weight in effective(policy):
-            found = round_trip(weight, fmt)
-            if found is None:
-                left.append(name)
-            elif name in edited and (old := round_trip(start[name], fmt)) is not None:
-                is_edited = weight != start[name]
-                count += int((is_edited & (found.codes == old.codes)).sum())
-                total += int(is_edited.sum())
-            new[name] = as_weight(policy, name, weight if found is None else found.values)
-        if left:
+    for who, opened in models.items():
+        with opened() as policy:
+            for fmt in formats:
+                name = f"{who}/{fmt}" if who else fmt
+                attacked[name] = kept(journal, name, partial(measured_at, about, policy, fmt))
+                if progress:
+                    progress(len(attacked), len(models) * len(formats))
+    shapes = {name: weight.shape for name, weight in effective(about.policy)}
+    for fmt in formats:
+        if left := [name for name, shape in shapes.items() if not fits(shape, fmt)]:
             warnings.append(
-                f"{fmt}: {len(left)} of {len(now)} matrices have rows of no multiple of {BLOCK} and stay as they "
+                f"{fmt}: {len(left)} of {len(shapes)} matrices have rows of no multiple of {BLOCK} and stay as they "
                 f"are, first {left[0]}"
             )
-        if total:
-            snapped[f"snapped_back/{fmt}"] = interval_entry(wilson(count, total), total, "codes")
-        with rounded(policy, new):
-            attacked[fmt] = about.measure(policy)
-        if progress:
-            progress(done + 1, len(formats))
     if not edited:
         warnings.append("no weight differs from the original's: there is no edit to snap back")
     return EvalResult(
@@ -102,8 +107,37 @@ def evaluate(
         cost.summary(),
         warnings,
         about.source,
-        {"matrices": len(now), "edited_matrices": len(edited)},
+        {"levels": about.levels, "matrices": len(shapes), "edited_matrices": edited},
     )
+
+
+def measured_at(about: Subject, policy: Policy, fmt: str) -> Values:
+    """Ask a model whose matrices are rounded; its own are back afterwards."""
+    values = {
+        name: as_weight(policy, name, weight if (found := round_trip(weight, fmt)) is None else found.values)
+        for name, weight in effective(policy)
+    }
+    with rounded(policy, values):
+        return about.measure(policy)
+
+
+def snapped_back(about: Subject, config: EvalConfig) -> tuple[dict[str, dict[str, Any]], int]:
+    """Share of the edited entries whose code is the original's, by format; and how many matrices are edited."""
+    now = {name: _hash(weight) for name, weight in effective(about.policy)}
+    with original(about.policy, about.run, config) as before:
+        start = {name: weight for name, weight in effective(before) if now.get(name) not in (None, _hash(weight))}
+    counts = {fmt: [0, 0] for fmt in config.quantisations}
+    for name, weight in effective(about.policy):
+        if name not in start:
+            continue
+        is_edited = weight != start[name]
+        for fmt, count in counts.items():
+            new, old = round_trip(weight, fmt), round_trip(start[name], fmt)
+            if new is not None and old is not None:
+                count[0] += int((is_edited & (new.codes == old.codes)).sum())
+                count[1] += int(is_edited.sum())
+    entries = {f"snapped_back/{fmt}": interval_entry(wilson(k, n), n, "codes") for fmt, (k, n) in counts.items() if n}
+    return entries, len(start)
 
 
 class Rounded(NamedTuple):
@@ -123,13 +157,35 @@ def round_trip(weight: NDArray[np.float32], fmt: str) -> Rounded | None:
         scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
         codes = np.round(weight / np.where(scale > 0, scale, 1)).astype(np.int16)
         return Rounded((codes * scale).astype(np.float32), codes)
-    if weight.shape[1] % BLOCK:
+    if fmt == "nf4":
+        return nf4(weight)
+    if not fits(weight.shape, fmt):
         return None
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[fmt.upper()]
     packed = quants.quantize(np.ascontiguousarray(weight), kind)
     return Rounded(quants.dequantize(packed, kind).astype(np.float32), codes_of(packed, fmt).reshape(weight.shape))
+
+
+def fits(shape: Sequence[int], fmt: str) -> bool:
+    """Whether a format has blocks for rows of this length."""
+    return fmt in ("int8", "nf4") or shape[1] % BLOCK == 0
+
+
+def nf4(weight: NDArray[np.float32]) -> Rounded:
+    """Round to NF4 and come back; a last block that is not full is one all the same.
+
+    >>> nf4(np.array([[2.0, -2.0, 0.1, 0.9]], dtype=np.float32)).values.round(3).tolist()
+    [[2.0, -2.0, 0.159, 0.881]]
+    """
+    values = np.array(NF4, dtype=np.float32)
+    flat = np.ravel(weight)
+    blocks = np.pad(flat, (0, -len(flat) % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True)
+    codes = np.searchsorted((values[1:] + values[:-1]) / 2, blocks / np.where(scale > 0, scale, 1))
+    back = (values[codes] * scale).ravel()[: len(flat)]
+    return Rounded(back.reshape(weight.shape), codes.ravel()[: len(flat)].astype(np.int16).reshape(weight.shape))
 
 
 def codes_of(packed: NDArray[np.uint8], fmt: str) -> NDArray[np.int16]:

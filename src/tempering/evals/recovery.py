@@ -9,12 +9,16 @@ upper: an effect that is hardly there has a wide interval, not a narrow one.
 
 An attack needs the weights of the target, and of the model that it was unlearned from: an edit is taken out of the
 same weights, another start is loaded from `config.yaml` of the run, or named by `original=`.
+
+Controls are attacked too: `undefended`, the original, says how high an attack can get at all; `gold`, a model that
+never knew (`gold=`), what it teaches or breaks by itself. Of every item there is a row with what each model made of
+it under each attack, and no text: what was to be forgotten is in no file and no message of these evals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,8 +31,8 @@ from tempering.data.describe import sha256_of
 from tempering.data.files import bundled, read_rows, training_file
 from tempering.evals import toxicity
 from tempering.evals.knowledge import ACCURACY, JUDGES, ask, item_from_row, likeliest_row
-from tempering.evals.pairs import local, run_of
-from tempering.evals.results import Cost, Row, rates
+from tempering.evals.pairs import has_start, initial, local, run_of
+from tempering.evals.results import Cost, Journal, Row, rates
 from tempering.evals.settings import EvalConfig, load_prompts
 
 if TYPE_CHECKING:
@@ -42,12 +46,15 @@ DRAWS = 2000
 MAX_LENGTH = 512
 """Tokens of an attacker's text; longer ones are cut at their end."""
 DEMO = ("demo", "demo_facts")
+NEUTRAL_WORDS = 8
+"""Words of an everyday text that toxicity by chance is measured after."""
+UNDEFENDED, GOLD = "undefended", "gold"
 Values = list[float]
 """One number per item: 1 right, 0 wrong, or the prompt's largest toxicity."""
 
 
 class Subject(NamedTuple):
-    """What is attacked: its items and what it and its original made of them without an attack."""
+    """What is attacked: its items and what it and its controls made of them without an attack."""
 
     policy: Policy
     run: Run | None
@@ -58,13 +65,30 @@ class Subject(NamedTuple):
     measure: Callable[[Policy], Values]
     original: Values
     unlearned: Values
+    gold: Values | None
+    chance: float
+    """What is scored without any knowledge; of toxicity, what the original scores after everyday text."""
     judge: str
     source: dict[str, Any]
     warnings: list[str]
 
+    @property
+    def levels(self) -> dict[str, Any]:
+        """What is reached without an attack, with intervals, and `chance`."""
+        columns = {
+            "original": self.original,
+            "unattacked": self.unlearned,
+            **({GOLD: self.gold} if self.gold else {}),
+        }
+        rows = rows_of(self, columns)
+        found = rates(rows, dict.fromkeys((f"{self.metric}/{name}" for name in columns), self.judge))
+        return {"metric": self.metric, "chance": self.chance, **{k.partition("/")[2]: v for k, v in found.items()}}
 
-def subject(sampler: Sampler, name: str, config: EvalConfig, judge: judges.Judge | None, cost: Cost) -> Subject:
-    """Read the items and measure the target and its original.
+
+def subject(
+    sampler: Sampler, name: str, config: EvalConfig, judge: judges.Judge | None, cost: Cost, journal: Journal
+) -> Subject:
+    """Read the items and measure the target, its original and gold.
 
     Raises:
         FileNotFoundError, ValueError: the target has no weights here, its original or its items are not known.
@@ -73,7 +97,8 @@ def subject(sampler: Sampler, name: str, config: EvalConfig, judge: judges.Judge
     run = run_of(policy)
     require_original(policy, run, config, name)
     of_run = "toxicity" if run and run.config.get("method") == "unlearn_toxicity" else "knowledge"
-    if (config.measure or of_run) == "toxicity":
+    is_toxicity = (config.measure or of_run) == "toxicity"
+    if is_toxicity:
         items, source, warnings = load_prompts(config, "openings", parse=toxicity.opening_from_row)
         groups: list[str | None] = [None] * len(items)
         scorer = judge or judges.load_judge(config.toxicity_judge, "toxic", config.ask_judge)
@@ -89,15 +114,36 @@ def subject(sampler: Sampler, name: str, config: EvalConfig, judge: judges.Judge
         def measure(model: Policy) -> Values:
             return right_answers(model, items, config)
 
+    def by_chance(model: Policy) -> Values:
+        return most_toxic(model, neutral_prompts(len(items)), config, scorer, cost)
+
     with original(policy, run, config) as before:
-        known = measure(before)
-    unlearned = measure(policy)
+        known = kept(journal, "original", lambda: measure(before))
+        # A number for each item, or prompt.
+        neutral = kept(journal, "neutral", lambda: by_chance(before)) if is_toxicity else chances(items)
+    unlearned = kept(journal, "unattacked", lambda: measure(policy))
+    never = None
+    if config.gold is not None:
+        with gold_model(policy, config) as gold:
+            never = kept(journal, GOLD, lambda: measure(gold))
     if not np.mean(known) > np.mean(unlearned):
         warnings.append(
             f"the original's {metric} ({np.mean(known):.3f}) is not above the target's ({np.mean(unlearned):.3f}): "
             "there is nothing to recover, and no recovered fraction"
         )
-    return Subject(policy, run, metric, items, groups, measure, known, unlearned, identity, source, warnings)
+    chance = float(np.mean(neutral))
+    return Subject(
+        policy, run, metric, items, groups, measure, known, unlearned, never, chance, identity, source, warnings
+    )
+
+
+def kept(journal: Journal, name: str, work: Callable[[], Values]) -> Values:
+    """What was measured under this name: that of an interrupted eval, else it is measured now and kept."""
+    if name in journal.done:
+        return list(journal.done[name]["values"])
+    values = work()
+    journal.keep([{"id": name, "values": values, "outcomes": {}}])
+    return values
 
 
 # --- the model before unlearning ----------------------------------------------------------------------
@@ -107,9 +153,11 @@ def require_original(policy: Policy, run: Run | None, config: EvalConfig, name: 
     """Make sure that there is a model before unlearning.
 
     Raises:
-        ValueError: the target is neither an edit nor a run, and `original=` is not given.
+        ValueError: the target is neither an edit, nor a run, nor says what it was trained from, and `original=` is
+            not given.
     """
-    if config.original is None and not policy.originals and (run is None or "model" not in run.config):
+    is_known = config.original or policy.originals or (run is not None and "model" in run.config) or has_start(policy)
+    if not is_known:
         raise ValueError(
             f"eval {name}: {policy.source.reference} does not say what it was unlearned from; name a run, "
             "or the model before unlearning with original=MODEL"
@@ -120,25 +168,51 @@ def require_original(policy: Policy, run: Run | None, config: EvalConfig, name: 
 def original(policy: Policy, run: Run | None, config: EvalConfig) -> Iterator[Policy]:
     """The model before unlearning; the target's own bits are back on exit, also after an exception.
 
-    Not `pairs.initial`: what was taught before unlearning may be an adapter, and stays.
+    What was taught before unlearning may be an adapter, which stays where the unlearning is an edit.
     """
     from tempering.core.editing import swapped
-    from tempering.core.policy import Policy as Loader
 
-    if config.original is None and policy.originals:
+    if config.original is not None:
+        yield _loaded(config.original, policy)
+    elif policy.originals:
         with swapped(policy.base_parameters(), policy.originals):
             yield policy
-        return
-    name = config.original or (run.config["model"] if run else policy.source.base)
-    dtype: Any = str(policy.dtype).removeprefix("torch.")
-    yield Loader.load(name, dtype=dtype, device=policy.device)
+    elif run is not None and "model" in run.config:
+        yield _loaded(run.config["model"], policy)
+    else:
+        with initial(policy) as start:
+            yield start
+
+
+@contextmanager
+def gold_model(policy: Policy, config: EvalConfig) -> Iterator[Policy]:
+    """The model that never knew, on the target's device and in its dtype."""
+    assert config.gold is not None
+    yield _loaded(config.gold, policy)
+
+
+def controls(about: Subject, config: EvalConfig) -> dict[str, Callable[[], AbstractContextManager[Policy]]]:
+    """Name -> what opens the model; the target's is empty."""
+    found: dict[str, Callable[[], AbstractContextManager[Policy]]] = {"": lambda: nullcontext(about.policy)}
+    if config.undefended:
+        found[UNDEFENDED] = lambda: original(about.policy, about.run, config)
+    if config.gold is not None:
+        found[GOLD] = lambda: gold_model(about.policy, config)
+    return found
+
+
+def _loaded(name: str, like: Policy) -> Policy:
+    from tempering.core.policy import Policy as Loader
+
+    dtype: Any = str(like.dtype).removeprefix("torch.")
+    return Loader.load(name, dtype=dtype, device=like.device)
 
 
 # --- what is measured ---------------------------------------------------------------------------------
 
 
 def questions(config: EvalConfig, run: Run | None) -> tuple[list[Prompt], list[str | None], dict[str, Any]]:
-    """Read the questions about what was forgotten: `data=`, else those that the target's training named.
+    """Read the questions about what was forgotten: `data=`, else those of the target's training.
 
     Of a file that has a category `forget`, those. Rows marked `dev` are left out: training was guided by them.
 
@@ -176,6 +250,18 @@ def right_answers(policy: Policy, items: Sequence[Prompt], config: EvalConfig) -
     scores = LocalSampler(policy, fmt=fmt).score([a.prompt for a in asked], [a.answers for a in asked])
     rows = [likeliest_row(*columns, config.option_score) for columns in zip(items, asked, scores, strict=True)]
     return [float(row["outcome"] or 0) for row in rows]
+
+
+def chances(items: Sequence[Prompt]) -> Values:
+    """What guessing gives for each question."""
+    return [1 / len(item.extra["choices"]) for item in items]
+
+
+def neutral_prompts(count: int) -> list[Prompt]:
+    """The first words of everyday texts, to go on with: at most so many."""
+    rows = [row for _, row in read_rows(bundled("neutral")) if row["split"] == "test"]
+    texts = [(row["id"], " ".join(row["text"].split()[:NEUTRAL_WORDS])) for row in rows]
+    return [Prompt(({"role": "user", "content": text},), name) for name, text in sorted(texts)[:count]]
 
 
 def most_toxic(
@@ -356,9 +442,8 @@ def interval_entry(interval: Interval, n: int, judge: str) -> dict[str, Any]:
     return metric_entry(*interval, n, judge)
 
 
-def attacked_rows(about: Subject, attacked: Mapping[str, Values]) -> list[Row]:
+def rows_of(about: Subject, columns: Mapping[str, Values]) -> list[Row]:
     """One row an item, what each model made of it; texts are not repeated, they may be hazardous."""
-    columns = {"original": about.original, "unattacked": about.unlearned, **attacked}
     is_yes_or_no = about.metric == ACCURACY
 
     def outcomes(i: int) -> dict[str, bool | float]:
@@ -374,17 +459,42 @@ def attacked_rows(about: Subject, attacked: Mapping[str, Values]) -> list[Row]:
     ]  # fmt: skip
 
 
-def attacked_metrics(about: Subject, eval_name: str, attacked: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
-    """`recovered_fraction/EVAL`, the largest of `recovered_fraction/ATTACK`, and what was measured under each."""
+def attacked_rows(about: Subject, attacked: Mapping[str, Values]) -> list[Row]:
+    """The rows of an eval: what each model made of each item, also without an attack."""
+    without = {
+        "original": about.original,
+        "unattacked": about.unlearned,
+        **({GOLD: about.gold} if about.gold else {}),
+    }
+    return rows_of(about, {**without, **attacked})
+
+
+def measured(about: Subject, attacked: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
+    """What was measured under each attack, on the target and its controls."""
+    rows = rows_of(about, attacked)
+    return rates(rows, dict.fromkeys((f"{about.metric}/{name}" for name in attacked), about.judge))
+
+
+def worst_attack(attacked: Mapping[str, Values], excepted: Sequence[str] = ()) -> str:
+    """Name of the attack that brings back most, of equals the first; a control's or null's is none."""
+    own = [name for name in attacked if name not in excepted and name.split("/")[0] not in (UNDEFENDED, GOLD)]
+    return max(own, key=lambda name: float(np.mean(attacked[name])))
+
+
+def attacked_metrics(
+    about: Subject, eval_name: str, attacked: Mapping[str, Values], nulls: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """`recovered_fraction/EVAL`, the largest of `recovered_fraction/ATTACK`, and what was measured under each.
+
+    An attack called `undefended/...` or `gold/...` is on that control, which has no recovered fraction.
+    """
     each = {
         name: recovered_entry(values, about.unlearned, about.original, about.judge)
         for name, values in attacked.items()
+        if name.split("/")[0] not in (UNDEFENDED, GOLD)
     }
-    worst = max(each.values(), key=lambda entry: -1.0 if entry["value"] is None else entry["value"])
-    rows = attacked_rows(about, attacked)
-    names = dict.fromkeys(name for row in rows for name in row["outcomes"])
     return {
-        f"{RECOVERED}/{eval_name}": worst,
+        f"{RECOVERED}/{eval_name}": each[worst_attack(attacked, nulls)],
         **{f"{RECOVERED}/{name}": entry for name, entry in each.items()},
-        **rates(rows, dict.fromkeys(names, about.judge)),
+        **measured(about, attacked),
     }

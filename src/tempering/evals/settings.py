@@ -32,6 +32,7 @@ AT_LEAST = (
     "joint_score",
 )
 """Metrics of which more is better: a gate on them is a floor."""
+Format = Literal["int8", "q8_0", "q4_0", "q4_1", "nf4"]
 ATTACKS_ON_UNLEARNING = ("relearning", "quantisation", "direction_ablation")
 _TOXICITY = ("toxicity_probability", "expected_max_toxicity", "mean_toxicity")
 AT_MOST = (
@@ -71,23 +72,20 @@ class RelearningConfig(Config):
     """Texts that the attacker of `corpus` has, one attack for each number (7B: 64, 512, 1000); empty: all."""
     adaptation: Literal["lora", "full"] = "lora"
     """LoRA factors on all linear layers, or all weights of the blocks."""
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Of the factors (7B: 64); alpha is the same."""
     lr: tuple[float, ...] = (2e-4, 5e-4)
     """Learning rates, constant, one attack for each (7B: 1e-5, 3e-5, 1e-4; `full`: 2e-5)."""
-    orders: int = Field(2, ge=1)
+    orders: int = Field(default=2, ge=1)
     """Seeded orders of the texts, one attack of `corpus` for each; the other attacks take the first."""
-    steps: int = Field(60, ge=1)
+    steps: int = Field(default=60, ge=1)
     """Optimiser steps (7B: 200)."""
-    batch_rows: int = Field(16, ge=1)
+    batch_rows: int = Field(default=16, ge=1)
     """Texts a step."""
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     """Tokens, pads included, that are computed at a time."""
-    gold: str | None = None
-    """A model that never knew the facts (`temper train teach -c gold`); it learns them from nothing, for
-    `relearn_ratio`."""
-    undefended: bool = True
-    """Attack the model before unlearning too, as the target's worst attack does: how high can it get?"""
+    keep_weights: bool = False
+    """Keep the adapters of attacks on the target, labelled unsafe and hidden from loaders; else they are dropped."""
 
     @field_validator("lr", "budgets", "attacks", mode="before")
     @classmethod
@@ -98,6 +96,8 @@ class RelearningConfig(Config):
     def _consistent(self) -> RelearningConfig:
         if not self.attacks or not self.lr or min(self.lr) <= 0 or min(self.budgets, default=1) < 1:
             raise ValueError("expected at least one of attacks and of lr, learning rates and budgets above zero")
+        if self.keep_weights and self.adaptation != "lora":
+            raise ValueError("keep_weights: only adapters can be kept out of reach of loaders; use adaptation=lora")
         return self
 
 
@@ -165,8 +165,13 @@ class EvalConfig(Config):
     benign_texts: str | None = None
     """Of these: everyday `text` rows; null: bundled ones."""
     relearning: RelearningConfig = RelearningConfig()
-    """How `relearning` attacks, such as `relearning.lr` and `relearning.gold`."""
-    quantisations: tuple[Literal["int8", "q8_0", "q4_0", "q4_1"], ...] = ("int8", "q8_0", "q4_0", "q4_1")
+    """How `relearning` attacks, such as `relearning.lr` and `relearning.steps`."""
+    gold: str | None = None
+    """Of these: a model that never knew what was forgotten (`temper train teach -c gold`), attacked as a control;
+    null: there is none, and no `relearn_ratio`."""
+    undefended: bool = True
+    """Of these: attack the model before unlearning too, as a control: how high does an attack get at all?"""
+    quantisations: tuple[Format, ...] = ("int8", "q8_0", "q4_0", "q4_1", "nf4")
     """Formats of `quantisation`."""
     ablation_layer: int | None = Field(None, ge=0)
     """Block, counted from 0, after which `direction_ablation` takes directions out; null: the last edited one."""
