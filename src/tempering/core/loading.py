@@ -98,10 +98,10 @@ def _resolve_folder(reference: str, path: Path) -> ModelSource:
     edit = str(path / EDIT_FILE) if (path / EDIT_FILE).is_file() else None
     if any((path / name).is_file() for name in (LOADABLE[1], LOADABLE[1] + SUFFIX)):
         base, revision = _base_of_adapter(path)
-        return ModelSource(reference, base, revision, str(path), edit)
+        return ModelSource(reference, base, revision, str(path), edit=edit)
     if edit:
         known = json.loads((path / "lineage.json").read_text(encoding="utf-8"))
-        return ModelSource(reference, known["base"], known.get("revision"), None, edit)
+        return ModelSource(reference, known["base"], known.get("revision"), edit=edit)
     if (path / "config.json").is_file():
         return ModelSource(reference, str(path))
     if (path / BUNDLE).is_file():
