@@ -21,9 +21,10 @@ from tempering.core.records import Verdict
 from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler, ScriptedSampler
 from tempering.evals import EVALS, EvalConfig, direction_ablation, quantisation, relearning, run_eval
+from tempering.evals.over_erasure import nll
 from tempering.evals.quantisation import NF4, effective, round_trip, rounded
-from tempering.evals.recovery import difference_entry, original, recovered, recovered_entry
-from tempering.evals.relearning import Attack, Found, area, attacker, curve, steps_to_half, summarised
+from tempering.evals.recovery import difference_entry, original, plain, recovered, recovered_entry
+from tempering.evals.relearning import Attack, Found, area, attacker, curve, steps_to_half, summarised, training
 from tempering.evals.settings import ATTACKS_ON_UNLEARNING, RelearningConfig
 
 THINGS = ["stone", "river", "apple", "glass", "paper", "copper", "maple", "velvet"]
@@ -344,28 +345,38 @@ def test_after_ablation_nothing_is_left_along_the_directions(tiny_policy):
         pass
 
 
-def test_relearning_brings_back_what_training_teaches_and_benign_text_does_not_as_soon(
-    target, edited, base_dir, data
-):
+def test_relearning_has_its_controls_and_leaves_nothing_behind(target, base_dir, data):
     """The controls are there: the base, gold (here the base itself), unrelated facts; and it is gone afterwards."""
     sampler = target("junk")
     policy, before = sampler.policy, bits(sampler.policy)
     config = EvalConfig(
-        gold=str(base_dir), benign_texts=str(data / "calm.jsonl"),
-        relearning={**QUICK["relearning"], "steps": 20, "lr": [0.02]},
-    )  # fmt: skip
+        gold=str(base_dir), benign_texts=str(data / "calm.jsonl"), relearning={**QUICK["relearning"], "steps": 6}
+    )
     result = relearning.evaluate(sampler, config)
-    assert value(result, "recovered_fraction/corpus") > 0.5
-    assert value(result, "recovered_fraction/relearning") >= value(result, "recovered_fraction/benign")
-    assert value(result, "latent_fraction") is not None and value(result, "steps_to_half") in (5, 10, 15, 20)
     kinds = {(c["who"], c["kind"]) for c in result.details["curves"]}
     target_kinds = {("target", k) for k in ("corpus", "held_out", "null", "benign")}
     assert kinds == {*target_kinds, ("undefended", "corpus"), ("gold", "corpus")}
     points = next(c for c in result.details["curves"] if c["kind"] == "corpus")["points"]
-    assert [p["step"] for p in points] == [0, 5, 10, 15, 20] and points[0]["recovered_fraction"] == 0.0
-    assert points[-1]["tokens"] > points[1]["tokens"] > 0
+    assert [p["step"] for p in points] == [0, 5, 6] and points[0]["recovered_fraction"] == 0.0
+    assert points[2]["tokens"] > points[1]["tokens"] > 0
+    worst = max(value(result, f"recovered_fraction/{kind}") for kind in ("corpus", "held_out", "benign"))
+    assert value(result, "recovered_fraction/relearning") == worst
+    assert {"latent_fraction", "relearning_auc", "steps_to_half", "relearn_ratio"} < set(result.metrics)
     assert bits(policy) == before and policy.adapters == [] and policy.trainable is None
     assert not any(p.requires_grad for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_an_attack_learns_its_texts_and_only_while_it_lasts(adaptation, target, data):
+    policy = target("junk").policy
+    plan = RelearningConfig(steps=8, rank=4, batch_rows=4, adaptation=adaptation)
+    attack = Attack("corpus", "target", 0.01, 0, plain(policy.tokenizer, str(data / "train.jsonl"))[:4])
+    texts = [policy.tokenizer.decode(text.ids) for text in attack.texts]
+    start = nll(policy, texts)
+    with attacker(policy, plan, 0) as parameters:
+        spent = list(training(policy, parameters, attack, plan))
+        assert sum(nll(policy, texts)) < 0.9 * sum(start)
+    assert spent == [sum(len(text.ids) for text in attack.texts)] * 8 and nll(policy, texts) == start
 
 
 def test_an_attack_on_all_weights_leaves_none_of_them_changed(target):
@@ -391,7 +402,7 @@ def test_an_endpoint_is_refused_with_the_reason(name):
 @pytest.mark.parametrize("name", ATTACKS_ON_UNLEARNING)
 def test_a_model_of_unknown_origin_is_refused(name, base_dir):
     sampler = LocalSampler(Policy.load(str(base_dir), dtype="float32", device="cpu"))
-    with pytest.raises(ValueError, match="does not say what it was unlearned from; .*original=MODEL"):
+    with pytest.raises(ValueError, match=r"does not say what it was unlearned from; .*original=MODEL"):
         EVALS[name](sampler, EvalConfig())
 
 
