@@ -13,7 +13,7 @@ For l < n that is `output_hidden_states[l]` of transformers; entry n of theirs i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -104,6 +104,38 @@ def capture(
         yield states
     except _Stop:
         pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def projected_out(model: nn.Module, directions: Mapping[int, Tensor]) -> Iterator[None]:
+    """Take directions out of the states: h <- h - Q^T Q h after layer l, at all positions.
+
+    `directions`: layer (1..n) -> Q (k, D), rows orthonormal. States that `capture` reads inside this block are what
+    is left. The hooks are gone on exit, also after an exception.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
+    found = blocks(model)
+    if not all(1 <= layer <= len(found) for layer in directions):
+        raise ValueError(f"layers {sorted(directions)}: expected indices 1 to {len(found)}, the last block")
+
+    def without(q: Tensor) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            h = output[0] if isinstance(output, tuple) else output
+            own = q.to(h.device, torch.float32)
+            left = (h.float() - h.float() @ own.T @ own).to(h.dtype)
+            return (left, *output[1:]) if isinstance(output, tuple) else left
+
+        return hook
+
+    handles: list[Any] = []
+    try:
+        handles += [found[layer - 1].register_forward_hook(without(q)) for layer, q in directions.items()]
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -18,12 +18,15 @@ from tempering.evals import (
     attack_success,
     capability,
     depth,
+    direction_ablation,
     harm,
     knowledge,
     lm_eval,
     over_erasure,
     over_refusal,
     policy_retrieval,
+    quantisation,
+    relearning,
     safe_informative,
     separation,
     toxicity,
@@ -49,6 +52,9 @@ EVALS: dict[str, Callable[..., EvalResult]] = {
     "separation": separation.evaluate,
     "depth": depth.evaluate,
     "safe_informative": safe_informative.evaluate,
+    "relearning": relearning.evaluate,
+    "quantisation": quantisation.evaluate,
+    "direction_ablation": direction_ablation.evaluate,
 }
 """Name -> `evaluate(sampler, config, *, journal, progress)`."""
 
@@ -138,7 +144,7 @@ def _journal(run: Run, name: str, settings: dict[str, Any], resume: bool) -> Jou
         for row in rows:
             run.append_row(file, row)
 
-    return Journal(done, keep, str(run.root / file))
+    return Journal(done, keep, str(run.root / file), run.root)
 
 
 __all__ = [

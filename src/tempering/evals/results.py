@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -81,6 +82,8 @@ class Journal:
     done: Mapping[str, Row] = field(default_factory=dict)
     keep: Callable[[Sequence[Row]], None] = lambda rows: None
     name: str = "the rows"
+    folder: Path | None = None
+    """The run folder that the results go to."""
 
 
 def in_batches(

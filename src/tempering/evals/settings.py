@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tempering.attacks import KNOWN, Form
 from tempering.core.config import Config
@@ -32,6 +32,8 @@ AT_LEAST = (
     "joint_score",
 )
 """Metrics of which more is better: a gate on them is a floor."""
+Format = Literal["int8", "q8_0", "q4_0", "q4_1", "nf4"]
+ATTACKS_ON_UNLEARNING = ("relearning", "quantisation", "direction_ablation")
 _TOXICITY = ("toxicity_probability", "expected_max_toxicity", "mean_toxicity")
 AT_MOST = (
     "harmful_rate",
@@ -41,6 +43,7 @@ AT_MOST = (
     "partial_refusal_rate",
     "capability_refusal_rate",
     "knowledge_unparsed_rate",
+    *(f"recovered_fraction/{name}" for name in ATTACKS_ON_UNLEARNING),
     *_TOXICITY,
     *(f"{name}/{attribute}" for name in _TOXICITY for attribute in ATTRIBUTES),
 )
@@ -49,12 +52,53 @@ OF_TASKS = ("acc/", "acc_norm/", "exact_match/")
 """How metrics of `lm_eval` begin of which more is better; a task's name follows."""
 HOW_ASKED = {"endpoint", "judge_endpoint", "attacker_endpoint", "cache", "judge_card", "trace"}
 """Settings of how answers are come by and corrected, not of what they are: a resumed eval may have others."""
+_CONTINUED = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "prompt_format": "raw"}
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "toxicity": {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "prompt_format": "raw"},
+    "toxicity": _CONTINUED,
+    **{name: {**_CONTINUED, "option_score": "mean"} for name in ATTACKS_ON_UNLEARNING},
     "knowledge": {"max_new_tokens": 32},
     "attack_success": {"max_new_tokens": 64},
 }
 """Eval -> defaults that differ from those of `EvalConfig`: toxicity is measured on samples, as in its papers."""
+
+
+class RelearningConfig(Config):
+    """How `relearning` trains the target on what it was to forget. All blocks are attacked, always."""
+
+    attacks: tuple[Literal["corpus", "held_out", "benign"], ...] = ("corpus", "held_out", "benign")
+    """`corpus`: the texts that were to be forgotten. `held_out`: those of group A, asked about group B, against the
+    same on unrelated facts. `benign`: everyday texts."""
+    budgets: tuple[int, ...] = ()
+    """Texts that the attacker of `corpus` has, one attack for each number (7B: 64, 512, 1000); empty: all."""
+    adaptation: Literal["lora", "full"] = "lora"
+    """LoRA factors on all linear layers, or all weights of the blocks."""
+    rank: int = Field(default=16, ge=1)
+    """Of the factors (7B: 64); alpha is the same."""
+    lr: tuple[float, ...] = (2e-4, 5e-4)
+    """Learning rates, constant, one attack for each (7B: 1e-5, 3e-5, 1e-4; `full`: 2e-5)."""
+    orders: int = Field(default=2, ge=1)
+    """Seeded orders of the texts, one attack of `corpus` for each; the other attacks take the first."""
+    steps: int = Field(default=60, ge=1)
+    """Optimiser steps (7B: 200)."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Texts a step."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens, pads included, that are computed at a time."""
+    keep_weights: bool = False
+    """Keep the adapters of attacks on the target, labelled unsafe and hidden from loaders; else they are dropped."""
+
+    @field_validator("lr", "budgets", "attacks", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str | int | float) else given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RelearningConfig:
+        if not self.attacks or not self.lr or min(self.lr) <= 0 or min(self.budgets, default=1) < 1:
+            raise ValueError("expected at least one of attacks and of lr, learning rates and budgets above zero")
+        if self.keep_weights and self.adaptation != "lora":
+            raise ValueError("keep_weights: only adapters can be kept out of reach of loaders; use adaptation=lora")
+        return self
 
 
 class EvalConfig(Config):
@@ -113,6 +157,25 @@ class EvalConfig(Config):
     """Solved examples before each question of `lm_eval`; null: as each task says."""
     batch_size: int = Field(16, ge=1)
     """Rows that `lm_eval` puts through a model in this process at a time."""
+    original: str | None = None
+    """Of the attacks on unlearning: the model before it; null: the target without its edit, or what its run names."""
+    measure: Literal["knowledge", "toxicity"] | None = None
+    """Of these: what is to come back, right answers or toxic continuations; null: what the target's run unlearned."""
+    forget_texts: str | None = None
+    """Of these: `text` rows, perhaps with `group` A or B, of what was forgotten; null: as in the target's run."""
+    benign_texts: str | None = None
+    """Of these: everyday `text` rows; null: bundled ones."""
+    relearning: RelearningConfig = RelearningConfig()
+    """How `relearning` attacks, such as `relearning.lr` and `relearning.steps`."""
+    gold: str | None = None
+    """Of these: a model that never knew what was forgotten (`temper train teach -c gold`), attacked as a control;
+    null: there is none, and no `relearn_ratio`."""
+    undefended: bool = True
+    """Of these: attack the model before unlearning too, as a control: how high does an attack get at all?"""
+    quantisations: tuple[Format, ...] = ("int8", "q8_0", "q4_0", "q4_1", "nf4")
+    """Formats of `quantisation`."""
+    ablation_layer: int | None = Field(None, ge=0)
+    """Block, counted from 0, after which `direction_ablation` takes directions out; null: the last edited one."""
     attacks: tuple[str, ...] = ("direct",)
     """How `harm` and `attack_success` ask: `direct`, `prefill`, `templates`, `many_shot`, an encoding, or (in
     `attack_success`) a search by an attacker, `pair`, `tap`, `past_tense`, `persona`, or by gradients, `gcg`."""
@@ -176,7 +239,7 @@ class EvalConfig(Config):
         """Connect an attacker `openai:MODEL@URL`."""
         return EndpointSampler(spec, cache=self.cache, **self.attacker_endpoint.model_dump())
 
-    @field_validator("judge_card", "attacks", "tasks", mode="before")
+    @field_validator("judge_card", "attacks", "tasks", "quantisations", mode="before")
     @classmethod
     def _one_or_several(cls, named: Any) -> Any:
         return (named,) if isinstance(named, str) else named
