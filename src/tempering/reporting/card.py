@@ -14,8 +14,8 @@ import yaml
 
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import CORRECTED, Metric, RunData, is_number, phase_seconds, texts
+from tempering.reporting.reconstruction import TERMS, is_reconstruction
 from tempering.reporting.systems import System, corrected_name, judge_cards, meaning
-from tempering.reporting.unlearning import TERMS, is_reconstruction
 from tempering.reporting.wording import correction_note, show, show_interval
 
 _SUMMARY_KEYS = ("lr", "beta", "loss", "handover", "reference", "batch_pairs", "seed", "dtype", "max_length")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tempering.core.run import Run
-from tempering.reporting import unlearning
+from tempering.reporting import reconstruction
 from tempering.reporting.collect import Eval, RunData, texts
 from tempering.reporting.systems import System
 
@@ -36,7 +36,7 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
             out.append(f"{run.name} is labelled unsafe: do not deploy or publish it")
         out += [f"{run.name}, eval {e.name}: {w}" for e in run.evals for w in e.warnings]
         out += [f"{run.name}, difficulty: {w}" for w in texts(run.difficulty.get("warnings"))]
-    out += unlearning.cautions(runs, systems)
+    out += reconstruction.cautions(runs)
     out += _small(systems)
     for system in systems:
         out += _metric_warnings(system)

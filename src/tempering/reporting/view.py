@@ -19,11 +19,11 @@ from tempering.reporting.card import base_model, licences_of
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import RunData, phase_seconds, texts
 from tempering.reporting.compare import CLAIM, Compared, Refutation
+from tempering.reporting.reconstruction import called
 from tempering.reporting.safemoe import ribbons
 from tempering.reporting.systems import System, corrected_name, judge_cards, meaning, metric_order, summary_metrics
 from tempering.reporting.training import arms_plot, difficulty_note, training_plots
 from tempering.reporting.transcripts import examples
-from tempering.reporting.unlearning import called
 
 _PHASES = ("scoring", "reference", "training", "evaluation", "report")
 

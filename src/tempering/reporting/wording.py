@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tempering.reporting import unlearning
 from tempering.reporting.collect import Metric
 from tempering.reporting.compare import CLAIM, Compared
 from tempering.reporting.systems import System, meaning
@@ -23,8 +22,6 @@ def verdict(systems: Sequence[System], comparisons: Sequence[Compared]) -> str:
     if main is None:
         return "Nothing was evaluated: there are no evals in these runs."
     base = systems[0]
-    if told := unlearning.headline(main, base if main is not base else None):
-        return told
     by_metric = {c.metric: c for c in comparisons if c.a == main.name and c.b == base.name}
     parts: list[str] = []
     for metric in _headline_metrics(main):
