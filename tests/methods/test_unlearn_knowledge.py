@@ -13,11 +13,13 @@ from tempering.core.activations import blocks
 from tempering.core.config import build
 from tempering.core.edit_optimiser import EditOptimiser
 from tempering.core.policy import Policy, load_tensors
+from tempering.core.run import Run
 from tempering.core.text_rows import Tokens, collate_rows
 from tempering.core.training import Processes
 from tempering.exporting import ExportConfig, run_export
 from tempering.methods import unlearn_knowledge as method
-from tempering.methods.unlearn_knowledge.measuring import Measurer, check_start
+from tempering.methods.unlearn_knowledge import sweep
+from tempering.methods.unlearn_knowledge.measuring import Measured, Measurer, check_start
 from tempering.methods.unlearn_knowledge.meta import Attacker, Pools, differentiated_through, draw_attack
 from tempering.methods.unlearn_knowledge.objectives import draw_target, norm_of, npo, simnpo
 from tempering.methods.unlearn_knowledge.settings import MetaSettings, UnlearnKnowledgeConfig, plan
@@ -172,8 +174,7 @@ def test_splitting_a_batch_changes_nothing(objective, terms):
         assert gradients(a).abs().max() > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("objective", ["cosine_rmu", "adaptive_rmu"])
+@pytest.mark.parametrize(("family", "objective"), [("llama", "cosine_rmu"), ("qwen2", "adaptive_rmu")])
 def test_padding_and_its_side_change_nothing(family, objective, terms, monkeypatch):
     def loss(left, extra):
         t = terms(family, objective=objective, cache_reference=False)
@@ -424,7 +425,9 @@ def train(config):
     return method.train(config)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES[:3], *(pytest.param(o, marks=pytest.mark.slow) for o in OBJECTIVES[3:])]
+)
 def test_only_the_selected_tensors_change_and_the_run_is_a_model(objective, config):
     c = config(objective=objective, lr=1e-2)
     run = train(c)
@@ -528,8 +531,7 @@ def test_an_adapter_is_trained_where_one_is_asked_for(config):
     assert Policy.load(str(run.root), dtype="float32").adapters == ["final"]
 
 
-@pytest.mark.parametrize("target", ["random_per_token", "anti_frozen"])
-@pytest.mark.parametrize("retain", ["mse", "kl"])
+@pytest.mark.parametrize(("target", "retain"), [("random_per_token", "mse"), ("anti_frozen", "kl")])
 def test_every_target_and_price_trains(target, retain, config):
     run = train(config(objective="cosine_rmu", target=target, retain=retain, norm_guard=0.1))
     assert all(math.isfinite(row["loss"]) for row in run.read_rows("metrics.jsonl") if "event" not in row)
@@ -546,6 +548,78 @@ def test_the_forget_loss_falls_and_what_is_kept_stays(config):
     run = train(config(objective="cosine_rmu", steps=30, lr=1e-2, alpha=1.0, batch_rows=8, retain_rows=8))
     rows = [r for r in run.read_rows("metrics.jsonl") if "event" not in r]
     assert rows[-1]["forget"] < rows[0]["forget"] - 0.2 and rows[-1]["retain"] < 0.3
+
+
+# --- probes, sweep, equal KL ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(config, tmp_path):
+    """A function: settings -> configuration with enough texts of each sort for probes."""
+
+    def make(**settings):
+        def rows(name, word):
+            lines = [
+                json.dumps({"id": f"{name}{i}", "text": f"{WORDS[i % 10]} {word} {WORDS[i % 7]} {i}"})
+                for i in range(60)
+            ]
+            file = tmp_path / f"{name}.jsonl"
+            file.write_text("\n".join(lines) + "\n")
+            return str(file)
+
+        data = {"train": rows("bad", "apple"), "retain": rows("good", "river")}
+        return config(data=data, layers=[1, 2], objective="probe", lr=1e-2, **settings)
+
+    return make
+
+
+def test_probes_tell_texts_to_forget_from_texts_to_keep_and_serve_another_run(many, tmp_path):
+    bank = train(many(out="bank", probes_only=True))
+    assert bank.is_done and not bank.has("final")
+    worth = {row["layer"]: row for row in bank.read_json("probes/probes.json")["layers"]}
+    assert worth[1]["auroc"] == 1.0
+    run = train(many(out="second", probes=str(bank.root)))
+    assert (run.root / "probes/probes.json").read_bytes() == (bank.root / "probes/probes.json").read_bytes()
+    edited = load_tensors(run.root / "final" / "edit.safetensors")
+    assert list(edited) == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 2)]
+    assert {"1.direction", "2.direction"} <= set(load_tensors(run.root / "final" / "directions.safetensors"))
+    rows = [r for r in run.read_rows("metrics.jsonl") if "event" not in r]
+    assert rows[0]["retain"] == pytest.approx(0, abs=1e-5) and rows[-1]["forget"] < rows[0]["forget"]
+    other = train(many(out="third", probes=str(bank.root), directions="random"))
+    a, b = (load_tensors(r.root / "final" / "directions.safetensors")["1.direction"] for r in (run, other))
+    assert not torch.allclose(a, b)
+
+
+def test_layers_are_swept_by_short_trials_that_leave_nothing_behind(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "swept_layers", lambda count: [0, 1, 2])
+    monkeypatch.setattr(sweep, "TRIAL_STEPS", 2)
+    c = config(objective="cosine_rmu", layer="sweep", lr=1e-2, data={"questions": questions_file(tmp_path)})
+    policy = Policy.load(c.model, dtype="float32")
+    corpus, measurer = tokenize(c, policy.tokenizer), Measurer(c, policy)
+    with pytest.raises(ValueError, match="needs development questions"):
+        sweep.trials(c, policy, corpus, measurer, Processes(policy.device))
+    measurer.start_accuracy, measurer.dev = {"forget": 0.75}, measurer.questions
+    before = {n: p.detach().clone() for n, p in policy.base_parameters().items()}
+    seen = []
+
+    def measure(step):  # the second candidate forgets all, the others nothing; what is edited has really changed
+        seen.append(list(policy.edited))
+        assert any(not torch.equal(p, before[n]) for n, p in policy.edited.items())
+        return Measured(step, {"forget": 0.25 if len(seen) == 2 else 0.75}, 0.01, 1.0, None)
+
+    monkeypatch.setattr(measurer, "measure", measure)
+    run = Run.create(tmp_path / "swept", "unlearn_knowledge", c)
+    assert sweep.swept(c, policy, corpus, measurer, run, Processes(policy.device)) == 1
+    assert [row["score"] for row in run.read_json(sweep.FILE)["layers"]] == pytest.approx([-0.1, 0.9, -0.1])
+    assert not policy.edited and not policy.originals and policy.trainable is None
+    assert all(torch.equal(p, before[n]) for n, p in policy.base_parameters().items())
+    assert sweep.swept(c, policy, corpus, measurer, run, Processes(policy.device)) == 1 and len(seen) == 3
+
+
+def test_going_back_on_the_line_meets_the_kl(config):
+    run = train(config(objective="rmu", lr=0.1, alpha=0.0, max_kl=1e-3, back="line", measure_every=1))
+    far, last = [row for row in run.read_rows("metrics.jsonl") if row.get("event") == "measured"]
+    assert far["kl"] > 1e-3 >= last["kl"] > 0 and 0 < last["back"] < 1
 
 
 # --- wrong input ----------------------------------------------------------------------------------------
@@ -602,6 +676,8 @@ def test_a_text_cannot_be_forgotten_and_kept(config, tmp_path):
         ({"compat": "wmdp"}, "objective=rmu"),
         ({"objective": "rmu", "n_directions": 2}, "n_directions"),
         ({"retain": "cos"}, "norm_guard"),
+        ({"probes": "runs/bank"}, "has no probes"),
+        ({"objective": "npo", "layer": "sweep"}, "layer=sweep"),
         ({"meta": {"checkpoints": [9]}}, "attack steps from 1 to"),
         ({"meta": {"adversary": "persistent"}, "checkpoint_every": 7}, "a multiple of"),
     ],
@@ -627,6 +703,41 @@ def test_no_text_reaches_metrics_or_terminal(config, capfd):
 
 
 # --- processes ------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from tempering.core.config import build, read_yaml
+from tempering.methods import unlearn_knowledge as m
+from tempering.methods.unlearn_knowledge.meta import Attacker
+torch.set_num_threads(1)
+learn, calls = Attacker.learn, []
+
+def die(self, *args):  # the second attack step of the third outer step
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(self, *args)
+
+Attacker.learn = die
+m.train(build(m.CONFIG, read_yaml(Path(sys.argv[1])), "test"))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_inside_an_attack_ends_in_the_same_bytes(config, tmp_path):
+    import yaml
+
+    torch.set_num_threads(1)
+    want = train(config(objective="meta_cosine_rmu", out="want"))
+    c = config(objective="meta_cosine_rmu", out="got")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(c.model_dump(mode="json")))
+    (tmp_path / "die.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "die.py"), str(tmp_path / "c.yaml")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    got = method.train(c, resume=True)
+    assert edit_bytes(got) == edit_bytes(want)
+
 
 TWO = """
 import sys, torch

@@ -321,9 +321,13 @@ def test_identities_alone_do_not_tell_bundled_insults_from_their_twins():
     assert identity_auroc("demo") == pytest.approx(0.5, abs=0.05)
 
 
-def test_openings_for_the_check_are_equally_many():
-    rude, plain = openings(UnlearnToxicityConfig(), 10)
-    assert len(rude) == len(plain) == 10 and not {p.text for p in rude} & {p.text for p in plain}
+def test_rude_texts_of_the_check_are_held_against_their_civil_twins(tmp_path):
+    rude, civil = openings(UnlearnToxicityConfig(), 10)
+    assert len(rude) == len(civil) == 10 and not {p.text for p in rude} & {p.text for p in civil}
+    assert all(a.text.split()[:4] == b.text.split()[:4] for a, b in zip(rude, civil, strict=True))
+    own = write(tmp_path / "own.jsonl", [{"prompt": f"so they said {i}"} for i in range(5)])
+    mine, plain = openings(UnlearnToxicityConfig(check={"data": own}), 4)
+    assert len(mine) == len(plain) == 4 and all(p.text.startswith("so they said") for p in mine)
 
 
 # --- processes ------------------------------------------------------------------------------------------
