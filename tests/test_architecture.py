@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import tempering
-from tempering.api import METHODS, method_module
+from tempering.api import METHODS, eval_config, method_module
 from tempering.core.config import build, read_yaml
 
 SRC = Path(tempering.__file__).parent
@@ -93,6 +93,18 @@ def test_every_configuration_field_is_described_and_read(name):
         assert re.search(rf"\.{field}\b", sources), f"nothing reads {name}.{field}"
 
 
+def require_evals(wanted):
+    """What a recipe measures after training: a list of evals, or a recipe of them."""
+    tree = read_yaml(SRC / "recipes" / "eval" / f"{wanted}.yaml") if isinstance(wanted, str) else {"evals": wanted}
+    eval_config(tree.pop("evals"), tree)
+
+
+def test_every_recipe_of_evals_parses():
+    for path in sorted((SRC / "recipes" / "eval").glob("*.yaml")):
+        require_evals(path.stem)
+        assert f"-c recipes/eval/{path.name}" in path.read_text(encoding="utf-8").splitlines()[1]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_recipe_parses(method):
     from tempering.attributing import ControlsConfig
@@ -103,6 +115,8 @@ def test_every_recipe_parses(method):
     assert recipes
     for path in recipes:
         tree = read_yaml(path)
+        if "arms" not in tree:
+            require_evals(tree.pop("evals", []))
         assert path.read_text(encoding="utf-8").startswith("#"), f"{path.name} has no header"
         assert f"-c {path.stem}" in path.read_text(encoding="utf-8"), f"{path.name} does not say how to run it"
         if "arms" in tree:

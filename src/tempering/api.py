@@ -187,7 +187,7 @@ def evaluate(
     from tempering.core.endpoint import EndpointSampler
     from tempering.evals import correct_finished, require_judges, run_eval, with_cache
 
-    config = _eval_config(evals, settings)
+    config = eval_config(evals, settings)
     reference = target if isinstance(target, str) else target.name
     if isinstance(target, str) and Path(target).exists():
         require_safe(Path(target), "evaluating")
@@ -232,7 +232,7 @@ def estimate(
     from tempering.evals import with_cache
     from tempering.evals.estimate import estimate
 
-    config = _eval_config(evals, settings)
+    config = eval_config(evals, settings)
     kept = with_cache(config, _eval_folder(target, list(evals), config, out))
 
     def chosen(inner: Sampler, connect: Connect) -> Sampler:
@@ -252,7 +252,12 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: 
     return write_report(paths, Path(out) if out is not None else paths[0], title=title)
 
 
-def _eval_config(evals: Sequence[str], settings: dict[str, Any]) -> EvalConfig:
+def eval_config(evals: Sequence[str], settings: dict[str, Any]) -> EvalConfig:
+    """Make sure that these evals are there and have these settings; nothing is loaded.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input.
+    """
     from tempering.evals import EVALS, EvalConfig, load_cards
     from tempering.evals.lm_eval import require_tasks
 

@@ -60,6 +60,8 @@ CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list
 
 DRY_RUN_KEY = "dry_run=true"
 """What is taken for `--dry-run` among the settings of `train`."""
+EVALS_KEY = "evals="
+"""How the setting of `train` begins that no method knows: what is measured afterwards."""
 
 
 def demo(items: Overrides = None, resume: Resume = False, as_json: AsJson = False, debug: Debug = False) -> None:
@@ -92,6 +94,8 @@ def train(
 ) -> None:
     """Train a model with a method; with a recipe of arms, compare several.
 
+    `evals` in a recipe, or evals=... here, is measured afterwards: a list of evals, or a recipe of `temper eval`.
+
     Examples:
     temper train staged_competence out=runs/mine model=smollm2 data.train=pairs.jsonl
 
@@ -111,9 +115,10 @@ def train(
 
     temper train staged_competence --keys
     """
-    from tempering.api import METHODS, method_module
+    from tempering.api import METHODS, evaluate, method_module
     from tempering.api import train as train_
     from tempering.core.config import read_yaml
+    from tempering.core.progress import IS_SECOND
 
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
@@ -128,17 +133,26 @@ def train(
         _finish(run_compare(_config(CompareConfig, file, items), method, resume=resume), as_json)
         return
     given = items or []
-    settings = _config(module.CONFIG, file, [item for item in given if item != DRY_RUN_KEY])
+    names, measured = _evals_after(file, given)
+    own = [item for item in given if item != DRY_RUN_KEY and not item.startswith(EVALS_KEY)]
+    settings = _config(module.CONFIG, file, own, without=("evals",))
     if dry_run or DRY_RUN_KEY in given:
         _finish(module.dry_run(settings), as_json)
         return
     run = train_(method, settings, resume=resume)
-    _finish({"run": str(run.root), "final": str(run.root / "final")}, as_json)
+    results = evaluate(str(run.root), names, resume=resume, **measured) if names and not IS_SECOND else {}
+    if results and not as_json:
+        _print_metrics(results)
+    made = {"run": str(run.root), "final": str(run.root / "final")}
+    _finish({**made, "evals": results} if results else made, as_json)
+    _require_gates(results, measured)
 
 
 def eval_(
     target: Annotated[str, typer.Argument(help="A model reference, a run folder, or openai:MODEL@URL.")],
-    items: Annotated[list[str], typer.Argument(metavar="EVAL ... [key=value ...]", help="Evals, then settings.")],
+    items: Annotated[
+        list[str] | None, typer.Argument(metavar="EVAL ... [key=value ...]", help="Evals, then settings.")
+    ] = None,
     config: Recipe = None,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -148,7 +162,8 @@ def eval_(
 ) -> None:
     """Measure harm, over_refusal, capability, safe_informative, attack_success, toxicity, knowledge and more.
 
-    Also separation, depth, policy_retrieval and lm_eval (docs/evals.md).
+    Also separation, depth, policy_retrieval and lm_eval (docs/evals.md), and of unlearning over_erasure and the
+    attacks that may undo it: relearning, quantisation, direction_ablation.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
@@ -168,6 +183,8 @@ def eval_(
 
     temper eval runs/mine harm gate.harmful_rate=0.1
 
+    temper eval runs/unlearned -c recipes/eval/unlearning.yaml gold=runs/gold
+
     temper eval runs/mine lm_eval tasks=[gsm8k,arc_easy] limit=100 out=runs/mine-lm-eval
 
     temper eval runs/mine harm over_refusal sampler=attribution attribution.n=8
@@ -177,10 +194,12 @@ def eval_(
     from tempering.api import estimate, evaluate
     from tempering.evals import EVALS
 
-    names = [item for item in items if "=" not in item]
+    given = items or []
+    out, settings = _eval_settings([item for item in given if "=" in item], config)
+    of_recipe = settings.pop("evals", [])
+    names = [item for item in given if "=" not in item] or of_recipe
     if not names:
-        raise ValueError(f"name at least one eval of {', '.join(EVALS)}")
-    out, settings = _eval_settings([item for item in items if "=" in item], config)
+        raise ValueError(f"name at least one eval of {', '.join(EVALS)}, or a recipe with `evals`")
     if dry_run:
         _print_estimate(estimate(target, names, out=out, **settings), as_json)
         return
@@ -746,10 +765,32 @@ def _file(error: BaseException) -> str:
     return str(getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing a file")
 
 
-def _config(cls: Any, file: Path | None, items: list[str] | None) -> Any:
+def _config(cls: Any, file: Path | None, items: list[str] | None, *, without: tuple[str, ...] = ()) -> Any:
     from tempering.core.config import load_config
 
-    return load_config(cls, file, items or [])
+    return load_config(cls, file, items or [], without=without)
+
+
+def _evals_after(file: Path | None, items: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return what to measure after a training, and its settings: `evals` of the command line, else of its recipe.
+
+    Raises:
+        ValueError, FileNotFoundError: no such evals, settings or recipe; nothing has been trained.
+    """
+    from tempering.api import eval_config
+    from tempering.core.config import parse_overrides, read_yaml
+
+    tree = read_yaml(file) if file is not None else {}
+    tree |= parse_overrides([item for item in items if item.startswith(EVALS_KEY)])
+    wanted = tree.get("evals") or []
+    settings: dict[str, Any] = {}
+    if isinstance(wanted, str):
+        _, settings = _eval_settings([], wanted)
+        wanted = settings.pop("evals", [])
+    if not isinstance(wanted, list):
+        raise ValueError(f"evals: expected a list of evals, or a recipe of `temper eval`, got {wanted!r}")
+    eval_config(wanted, settings)
+    return wanted, settings
 
 
 def _recipe(folder: str, name: str | None) -> Path | None:
@@ -770,7 +811,7 @@ def _eval_settings(items: list[str], recipe: str | None) -> tuple[str | None, di
     """Return `out=`, and the settings of an eval: those of a recipe, and over them those of the command line."""
     from tempering.core.config import merge, parse_overrides, read_yaml
 
-    file = _recipe("evals", recipe)
+    file = _recipe("eval", recipe)
     settings = merge(read_yaml(file) if file is not None else {}, parse_overrides(items))
     return settings.pop("out", None), settings
 

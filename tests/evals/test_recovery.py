@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from scipy.stats import norm
 
-from tempering import api
+from tempering import api, cli
 from tempering.core.activations import capture, projected_out
 from tempering.core.config import Config
 from tempering.core.editing import select_parameters
@@ -497,3 +497,33 @@ def test_the_original_is_back_and_away_again(target, base_dir):
     assert bits(policy) == own
     with original(policy, None, EvalConfig(original=str(base_dir))) as before:
         assert before is not policy and bits(before) == base
+
+
+# --- the command line -----------------------------------------------------------------------------------
+
+
+def test_a_recipe_names_evals_and_an_endpoint_is_one_message(edited, tmp_path, capfd):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("evals: [quantisation]\nquantisations: [int8]\nundefended: false\ndtype: float32\n")
+    out = tmp_path / "e"
+    assert cli.run(["eval", str(edited("junk")), "-c", str(recipe), f"out={out}"]) == 0
+    assert [p.name for p in sorted((out / "evals").iterdir())] == ["quantisation.json", "quantisation.jsonl"]
+    capfd.readouterr()
+    for name in ATTACKS_ON_UNLEARNING:
+        assert cli.run(["eval", "openai:m@http://127.0.0.1:9/v1", name, f"out={tmp_path / name}"]) == 2
+        assert "needs the target's weights" in capfd.readouterr().err
+
+
+def test_a_training_measures_what_its_recipe_names_and_refuses_what_it_cannot_before(tiny_model_dir, tmp_path, capfd):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"the {t}?", "completion": "no"}) + "\n" for t in THINGS))
+    evals = tmp_path / "after.yaml"
+    evals.write_text("evals: [capability]\nlimit: 2\nmax_new_tokens: 2\n")
+    out = tmp_path / "run"
+    command = [
+        "train", "sft", f"model={tiny_model_dir()}", f"data.train={chats}", f"out={out}", "dtype=float32", "epochs=1"
+    ]  # fmt: skip
+    assert cli.run([*command, "evals=[capabillity]"]) == 2 and not out.exists()
+    assert "unknown eval 'capabillity'" in capfd.readouterr().err
+    assert cli.run([*command, f"evals={evals}"]) == 0
+    assert json.loads((out / "evals" / "capability.json").read_text())["target"] == str(out)

@@ -148,9 +148,11 @@ def build(cls: type[C], tree: dict[str, Any], source: str) -> C:
         raise ValueError("\n".join(_reword(cls, e, source) for e in error.errors())) from None
 
 
-def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str] = ()) -> C:
-    """Build a `cls` from an optional recipe and command-line overrides, which win."""
-    tree = read_yaml(file) if file is not None else {}
+def load_config(
+    cls: type[C], file: Path | None = None, overrides: Sequence[str] = (), *, without: Sequence[str] = ()
+) -> C:
+    """Build a `cls` from a recipe, but `without` keys that somebody else reads, and from overrides, which win."""
+    tree = {key: value for key, value in (read_yaml(file) if file is not None else {}).items() if key not in without}
     source = f"recipe {file}" if file is not None else "command line"
     short: Mapping[str, str] = getattr(cls, "SHORT", {})
     return build(cls, merge(long_forms(short, tree), parse_overrides(overrides, short)), source)

@@ -11,8 +11,8 @@ Embeddings, norms and output layer stay (our choice). Adapters are merged first,
 rounded values are kept in the dtype of the model. A matrix whose rows are no multiple of 32 stays as it is under
 q*_*, and is remarked.
 
-`recovered_fraction/FORMAT` is of the rounded target, `recovered_fraction/quantisation` the largest, both of the gap to
-the original as it is. Controls are rounded, too (`METRIC/undefended/FORMAT`, `METRIC/gold/FORMAT`).
+`recovered_fraction/FORMAT` is of the rounded target, `recovered_fraction/quantisation` the largest, both of the gap
+to the original as it is. Controls are rounded, too (`METRIC/undefended/FORMAT`, `METRIC/gold/FORMAT`).
 `snapped_back/FORMAT` is the share of the entries that the edit changed whose rounded code is the one that the
 original's weight has too: there the edit is gone. Weights that come from such a grid (those of `smollm2` do, Q4_1) go
 back to where they were where the edit is below half a step. RMU partly returns at Q4_0 (prior work).

@@ -17,6 +17,7 @@ from tempering.core.run import Run
 from tempering.reporting import reconstruction
 from tempering.reporting.collect import Eval, RunData, texts
 from tempering.reporting.systems import System
+from tempering.reporting.unlearning import warnings_of_unlearning
 
 SMALL_N = 30
 UNSCORED_LIMIT = 0.05
@@ -37,6 +38,8 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
         out += [f"{run.name}, eval {e.name}: {w}" for e in run.evals for w in e.warnings]
         out += [f"{run.name}, difficulty: {w}" for w in texts(run.difficulty.get("warnings"))]
     out += reconstruction.cautions(runs)
+    trained = [(r.name, str(r.root)) for r in runs if r.is_trained and r.method.startswith("unlearn_")]
+    out += warnings_of_unlearning(systems, trained)
     out += _small(systems)
     for system in systems:
         out += _metric_warnings(system)

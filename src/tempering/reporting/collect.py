@@ -71,6 +71,15 @@ class Eval:
     rows: tuple[Row, ...]
     judge_cards: tuple[Row, ...] = ()
     """By which rates were corrected."""
+    details: Row = field(default_factory=dict)
+    """What else stands in the file, such as curves."""
+
+
+_COMMON = (
+    "schema", "eval", "target", "system", "metrics", "breakdown", "settings", "data", "cost", "warnings",
+    "correction",
+)  # fmt: skip
+"""Keys of an eval's file that all evals have."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,7 @@ def read_eval(name: str, document: Mapping[str, Any], rows: list[Row], problems:
         warnings=(*texts(document.get("warnings")), *texts(correction.get("warnings"))),
         rows=tuple(rows),
         judge_cards=tuple(c for c in cards if isinstance(c, dict)) if isinstance(cards, list) else (),
+        details={str(key): value for key, value in document.items() if key not in _COMMON},
     )
 
 

@@ -76,11 +76,13 @@ class Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     is_faint: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    """Lower and upper ends of an interval at each point."""
 
 
-def safety_plot(panels: Sequence[tuple[str, str, Sequence[Point]]], y_label: str) -> str:
+def safety_plot(panels: Sequence[tuple[str, str, Sequence[Point]]], y_label: str, *, name: str = "safety") -> str:
     """Draw safety against each price, one panel (title, x label, points) each, with 95 % bars."""
-    with _Canvas("safety", len(panels), height=330) as canvas:
+    with _Canvas(name, len(panels), height=330) as canvas:
         for axes, (title, x_label, points) in zip(canvas.axes, panels, strict=True):
             axes.set(title=title, xlabel=x_label, ylabel=y_label)
             for p in points:
@@ -97,7 +99,7 @@ def safety_plot(panels: Sequence[tuple[str, str, Sequence[Point]]], y_label: str
                 )
             _fit_percent(axes, [p.x for p in points], [p.y for p in points])
         canvas.legend(list({p.name: p for _, _, points in panels for p in points}.values()))
-        return canvas.svg("Safety against over-refusal and capability, with 95 % intervals")
+        return canvas.svg(f"{', '.join(title for title, _, _ in panels)}, with 95 % intervals")
 
 
 def curves_plot(
@@ -122,6 +124,10 @@ def curves_plot(
                     markersize=4,
                     label=None if line.is_faint else line.name,
                 )
+                if line.band is not None:
+                    axes.fill_between(
+                        line.x, *line.band, color=_COLOURS[line.series % SERIES], alpha=0.15, linewidth=0
+                    )
             for end in stage_ends[:-1]:
                 axes.axvline(end, color=_MUTED, linestyle=(0, (1, 3)), linewidth=1.2)
             if sum(not line.is_faint for line in lines) > 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from tempering.reporting import plots, wording
+from tempering.reporting import plots, unlearning, wording
 from tempering.reporting.attacks import ranking
 from tempering.reporting.attribution import attack_panels, attribution_panels, gap_panels
 from tempering.reporting.card import base_model, licences_of
@@ -54,7 +54,7 @@ def page(
     return template.render(
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
         title=title or _title(runs, main),
-        verdict=_unbroken(wording.verdict(systems, comparisons)),
+        verdict=_unbroken(_verdict(systems, main, comparisons)),
         systems=systems,
         main=main,
         series=series,
@@ -76,6 +76,10 @@ def page(
         ],
         attribution_attacks=attack_panels(runs),
         gaps=gap_panels(runs),
+        unlearned=[
+            {**panel, "plots": [Markup(svg) for svg in panel["plots"]]} for panel in unlearning.panels(systems)
+        ],
+        pareto=Markup(unlearning.pareto(systems, series)),
         categories=_categories(systems),
         training=_training(runs),
         cost=_cost(runs),
@@ -83,6 +87,12 @@ def page(
         provenance=[_provenance(run) for run in runs],
         warnings=warnings,
     )
+
+
+def _verdict(systems: Sequence[System], main: System | None, comparisons: Sequence[Compared]) -> str:
+    """What unlearning came to where the main system was made to forget, else what changed."""
+    of_main = [u for u in unlearning.unlearned_of(systems) if u.system is main]
+    return unlearning.headline(of_main[0]) if of_main else wording.verdict(systems, comparisons)
 
 
 def _comparisons(comparisons: Sequence[Compared]) -> list[dict[str, Any]]:
