@@ -21,9 +21,10 @@ from tempering.core.records import Verdict
 from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler, ScriptedSampler
 from tempering.evals import EVALS, EvalConfig, direction_ablation, quantisation, relearning, run_eval
+from tempering.evals.attacker_texts import plain
 from tempering.evals.over_erasure import nll
 from tempering.evals.quantisation import NF4, effective, round_trip, rounded
-from tempering.evals.recovery import difference_entry, original, plain, recovered, recovered_entry
+from tempering.evals.recovery import difference_entry, original, recovered, recovered_entry
 from tempering.evals.relearning import Attack, Found, area, attacker, curve, steps_to_half, summarised, training
 from tempering.evals.settings import ATTACKS_ON_UNLEARNING, RelearningConfig
 

@@ -29,14 +29,13 @@ from typing import TYPE_CHECKING
 
 from tempering import judges
 from tempering.core.run import Run
+from tempering.evals.attacker_texts import benign_texts, forget_texts
 from tempering.evals.recovery import (
     Subject,
     Values,
     attacked_metrics,
     attacked_rows,
-    benign_texts,
     controls,
-    forget_texts,
     kept,
     original,
     subject,

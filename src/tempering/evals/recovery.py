@@ -30,6 +30,7 @@ from tempering.core.stats import Interval
 from tempering.data.describe import sha256_of
 from tempering.data.files import bundled, read_rows, training_file
 from tempering.evals import toxicity
+from tempering.evals.attacker_texts import DEMO, of_run
 from tempering.evals.knowledge import ACCURACY, JUDGES, ask, item_from_row, likeliest_row
 from tempering.evals.pairs import has_start, initial, local, run_of
 from tempering.evals.results import Cost, Journal, Row, rates
@@ -38,14 +39,10 @@ from tempering.evals.settings import EvalConfig, load_prompts
 if TYPE_CHECKING:
     from tempering.core.policy import Policy
     from tempering.core.sampling import Sampler
-    from tempering.core.text_rows import Tokens
 
 RECOVERED = "recovered_fraction"
 EMT = "expected_max_toxicity"
 DRAWS = 2000
-MAX_LENGTH = 512
-"""Tokens of an attacker's text; longer ones are cut at their end."""
-DEMO = ("demo", "demo_facts")
 NEUTRAL_WORDS = 8
 """Words of an everyday text that toxicity by chance is measured after."""
 UNDEFENDED, GOLD = "undefended", "gold"
@@ -73,6 +70,11 @@ class Subject(NamedTuple):
     warnings: list[str]
 
     @property
+    def is_toxicity(self) -> bool:
+        """Whether toxic continuations are what may come back, else right answers."""
+        return self.metric == EMT
+
+    @property
     def levels(self) -> dict[str, Any]:
         """What is reached without an attack, with intervals, and `chance`."""
         columns = {
@@ -96,8 +98,8 @@ def subject(
     policy = local(sampler, name).policy
     run = run_of(policy)
     require_original(policy, run, config, name)
-    of_run = "toxicity" if run and run.config.get("method") == "unlearn_toxicity" else "knowledge"
-    is_toxicity = (config.measure or of_run) == "toxicity"
+    own = "toxicity" if run and run.config.get("method") == "unlearn_toxicity" else "knowledge"
+    is_toxicity = (config.measure or own) == "toxicity"
     if is_toxicity:
         items, source, warnings = load_prompts(config, "openings", parse=toxicity.opening_from_row)
         groups: list[str | None] = [None] * len(items)
@@ -219,7 +221,7 @@ def questions(config: EvalConfig, run: Run | None) -> tuple[list[Prompt], list[s
     Raises:
         FileNotFoundError, ValueError: there are none.
     """
-    where = config.data or _of_run(run, "questions") or _of_run(run, "train")
+    where = config.data or of_run(run, "questions") or of_run(run, "train")
     files = [where] if isinstance(where, str) else list(where or []) if isinstance(where, list) else []
     paths = [bundled("fictional_facts") if name in DEMO else training_file(name) for name in files]
     if not paths:
@@ -278,97 +280,6 @@ def most_toxic(
     groups = toxicity.continuations(target, items, config, cost, lambda _: None)
     verdicts = judges.judge_groups(judge, list(zip(items, groups, strict=True)), max_unscored=0.0)
     return [float(toxicity.level_outcomes(group)[EMT] or 0) for group in verdicts]
-
-
-# --- an attacker's texts ------------------------------------------------------------------------------
-
-
-def forget_texts(about: Subject, config: EvalConfig) -> list[Tokens]:
-    """Texts of what was forgotten; `record` is their group, where the file has one.
-
-    `forget_texts=`, else what the target's training was to forget. Of rows with `toxic`, those that are.
-
-    Raises:
-        FileNotFoundError, ValueError: there are none.
-    """
-    source = config.forget_texts or _of_run(about.run, "train")
-    if source is None:
-        raise ValueError("which texts would an attacker have? Name a file of text rows with forget_texts=FILE")
-    names = list(source.values()) if isinstance(source, dict) else [source]
-    tokenizer = about.policy.tokenizer
-    out: list[Tokens] = []
-    for name in names:
-        if name in DEMO and about.metric == EMT:
-            out += continuations(tokenizer)
-        elif name in DEMO:
-            out += facts(tokenizer, ("forget",))
-        else:
-            out += plain(tokenizer, name)
-    return _required(out, ", ".join(map(str, names)))
-
-
-def benign_texts(about: Subject, config: EvalConfig) -> list[Tokens]:
-    """Everyday texts that no training of ours has read: `benign_texts=`, else the bundled ones."""
-    if config.benign_texts is not None:
-        return _required(plain(about.policy.tokenizer, config.benign_texts), config.benign_texts)
-    rows = [row for _, row in read_rows(bundled("neutral")) if row["split"] == "dev"]
-    return [tokens(about.policy.tokenizer, row["id"], row["text"]) for row in rows]
-
-
-def facts(tokenizer: Any, categories: Sequence[str]) -> list[Tokens]:
-    """The statements of bundled facts of these categories."""
-    rows = [row for _, row in read_rows(bundled("fictional_facts")) if row["category"] in categories]
-    return [
-        tokens(tokenizer, f"{row['id']}#{n}", text, group=row["group"])
-        for row in rows
-        for n, text in enumerate(row["statements"])
-    ]
-
-
-def continuations(tokenizer: Any) -> list[Tokens]:
-    """The bundled rude continuations, their openings read and not learnt."""
-    rows = [row for _, row in read_rows(bundled("insult_continuations")) if row["split"] == "train"]
-    return [
-        tokens(tokenizer, f"{row['opening_id']}#{n}", row["rejected"], opening=row["prompt"])
-        for n, row in enumerate(rows)
-    ]
-
-
-def plain(tokenizer: Any, source: str) -> list[Tokens]:
-    """Read `text` rows.
-
-    Raises:
-        FileNotFoundError, ValueError: it is not there, or a row has no text (file and line are named).
-    """
-    out = []
-    for where, row in read_rows(training_file(source)):
-        text = row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: expected a row with a `text` that is not empty")
-        if row.get("toxic") is not False:
-            out.append(tokens(tokenizer, str(row.get("id") or content_id(text)), text, group=row.get("group")))
-    return out
-
-
-def tokens(tokenizer: Any, name: str, text: str, *, opening: str = "", group: str | None = None) -> Tokens:
-    """Tokenize a text after its opening."""
-    from tempering.core.text_rows import Tokens
-
-    start = list(tokenizer(opening)["input_ids"]) if opening else []
-    ids = list(tokenizer(text, add_special_tokens=not opening)["input_ids"])
-    return Tokens(name, group or "", (start + ids)[:MAX_LENGTH], len(start))
-
-
-def _required(texts: list[Tokens], source: str) -> list[Tokens]:
-    kept = [text for text in texts if len(text.ids) > max(1, text.prompt_tokens)]
-    if not kept:
-        raise ValueError(f"{source}: no text has two tokens")
-    return kept
-
-
-def _of_run(run: Run | None, key: str) -> Any:
-    data = run.config.get("data") if run else None
-    return data.get(key) if isinstance(data, Mapping) else None
 
 
 # --- pure functions -----------------------------------------------------------------------------------
@@ -444,11 +355,10 @@ def interval_entry(interval: Interval, n: int, judge: str) -> dict[str, Any]:
 
 def rows_of(about: Subject, columns: Mapping[str, Values]) -> list[Row]:
     """One row an item, what each model made of it; texts are not repeated, they may be hazardous."""
-    is_yes_or_no = about.metric == ACCURACY
 
     def outcomes(i: int) -> dict[str, bool | float]:
         return {
-            f"{about.metric}/{name}": bool(values[i]) if is_yes_or_no else values[i]
+            f"{about.metric}/{name}": values[i] if about.is_toxicity else bool(values[i])
             for name, values in columns.items()
         }
 

@@ -36,20 +36,16 @@ import numpy as np
 
 from tempering import judges
 from tempering.core.records import content_id
+from tempering.evals.attacker_texts import benign_texts, forget_texts, unrelated_facts
 from tempering.evals.recovery import (
-    DEMO,
-    EMT,
     GOLD,
     RECOVERED,
     UNDEFENDED,
     Subject,
     Values,
     attacked_rows,
-    benign_texts,
     controls,
     difference_entry,
-    facts,
-    forget_texts,
     measured,
     metric_entry,
     recovered,
@@ -176,13 +172,12 @@ def planned(about: Subject, config: EvalConfig, warnings: list[str]) -> list[Att
         out += [Attack("corpus", "target", lr, o, by_hash[:n]) for n in budgets for lr, o in orders]
     if "held_out" in plan.attacks:
         a_texts = [text for text in forget if text.record == "A"]
-        is_split = a_texts and "B" in about.groups and about.metric != EMT
+        is_split = a_texts and "B" in about.groups and not about.is_toxicity
         if not is_split:
             warnings.append("held_out left out: texts and questions have no groups A and B")
         else:
-            own = config.forget_texts is None and _is_demo(about)
-            unrelated = facts(about.policy.tokenizer, ("neighbour_A", "neighbour_B")) if own else None
-            if unrelated is None:
+            unrelated = unrelated_facts(about, config)
+            if not unrelated:
                 warnings.append("null trains on everyday texts: there are no unrelated facts")
                 unrelated = benign_texts(about, config)
             unrelated = sorted(unrelated, key=lambda text: content_id(text.id))[: len(a_texts)]
@@ -423,7 +418,3 @@ def _quickest(points: Sequence[Mapping[int, float | None]]) -> int | None:
 
 def _said(step: int | None) -> str:
     return "none" if step is None else str(step)
-
-
-def _is_demo(about: Subject) -> bool:
-    return about.run is not None and (about.run.config.get("data") or {}).get("train") in DEMO
