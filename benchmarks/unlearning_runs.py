@@ -6,7 +6,6 @@ No benchmark by itself.
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import tempering
 from tempering.core.progress import say
 from tempering.core.run import Run
 from tempering.core.stats import forgotten, kept
+from tempering.reporting.unlearning import aggregate
 
 ATTACKS = ("relearning", "quantisation", "direction_ablation")
 FORGET = "forget"
@@ -140,20 +140,17 @@ def recovered(columns: Mapping[str, Column], items: NDArray[Any] | slice = slice
 
 
 def total_score(forget: float | None, retain: Sequence[float | None], worst: float | None) -> float | None:
-    """Harmonic mean of what is forgotten, what is kept (the worst of it) and 1 - what the worst attack brings back.
+    """H: the harmonic mean of what is forgotten, what is kept (the worst of it) and 1 - what the worst attack brings back.
 
-    `None` where a part is missing. What forgot nothing has 0, whatever attacks do.
+    `None` where a part is missing. What forgot nothing has 0: there was nothing for an attack to bring back.
 
     >>> round(total_score(0.8, [0.95, 0.9], 0.5), 4), total_score(0.0, [1.0], None), total_score(0.8, [0.9], None)
     (0.6879, 0.0, None)
     """
-    if forget is None or not retain or None in retain:
+    if not retain or None in retain:
         return None
-    if forget == 0:
-        return 0.0
-    if worst is None:
-        return None
-    return statistics.harmonic_mean([forget, min(float(r or 0) for r in retain), 1 - worst])
+    robust = None if worst is None else 1 - worst
+    return aggregate(forget, min(float(r or 0) for r in retain), 0.0 if forget == 0 else robust)
 
 
 def retained(before: Mapping[str, float], now: Mapping[str, float]) -> list[float | None]:

@@ -537,6 +537,12 @@ def test_every_target_and_price_trains(target, retain, config):
     assert all(math.isfinite(row["loss"]) for row in run.read_rows("metrics.jsonl") if "event" not in row)
 
 
+def test_evals_follow_where_their_questions_are_known(config):
+    assert method.evals_after(UnlearnKnowledgeConfig()) == "unlearned_facts"
+    assert method.evals_after(config()) is None
+    assert method.evals_after(UnlearnKnowledgeConfig(objective="probe", probes_only=True)) is None
+
+
 def test_a_dry_run_lists_the_tensors_and_writes_nothing(config):
     c = config(objective="rmu")
     found = method.dry_run(c)

@@ -119,6 +119,11 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
     return run
 
 
+def evals_after(config: UnlearnKnowledgeConfig) -> str | None:
+    """The recipe of evals that follows training where none is named; questions are only known of the bundled facts."""
+    return None if config.probes_only or config.data.train != DEMO else "unlearned_facts"
+
+
 def taught(config: UnlearnKnowledgeConfig) -> str:
     """Teach the start model the bundled facts beside `out`, unless that was done before; returns that run."""
     name = f"taught-{content_id(config.model, config.dtype)[:8]}"

@@ -137,6 +137,11 @@ def train(config: UnlearnToxicityConfig, *, resume: bool = False, policy: Policy
     return run
 
 
+def evals_after(config: UnlearnToxicityConfig) -> str | None:
+    """The recipe of evals that follows training where none is named."""
+    return None if config.probes_only else "unlearned_toxicity"
+
+
 def dry_run(config: UnlearnToxicityConfig) -> dict[str, Any]:
     """Check data, scorer and start model, list what may train, and write nothing; probes are not fitted."""
     Run.require_free(config.out, resume=False)
