@@ -140,7 +140,7 @@ def recovered(columns: Mapping[str, Column], items: NDArray[Any] | slice = slice
 
 
 def total_score(forget: float | None, retain: Sequence[float | None], worst: float | None) -> float | None:
-    """H: the harmonic mean of what is forgotten, what is kept (the worst of it) and 1 - what the worst attack brings back.
+    """H: the harmonic mean of what is forgotten, the worst share kept and 1 - what the worst attack brings back.
 
     `None` where a part is missing. What forgot nothing has 0: there was nothing for an attack to bring back.
 

@@ -120,7 +120,7 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
 
 
 def evals_after(config: UnlearnKnowledgeConfig) -> str | None:
-    """The recipe of evals that follows training where none is named; questions are only known of the bundled facts."""
+    """The recipe of evals that follows training where none is named: of the bundled facts questions are known."""
     return None if config.probes_only or config.data.train != DEMO else "unlearned_facts"
 
 
