@@ -153,10 +153,15 @@ def find_bank(
     Raises:
         FileNotFoundError, ValueError: there is none in `given`, or it is another model's.
     """
-    own, fingerprint = run.root / FOLDER, policy.base_fingerprint()
+    own = run.root / FOLDER
+    # Adapters too: what a model was taught is not in the fingerprint of its base.
+    weights = {
+        "base_fingerprint": policy.base_fingerprint(),
+        "adapters": policy.adapter_hash(policy.adapters) if policy.adapters else None,
+    }
     if given:
         bank = Bank.load(Path(given) / FOLDER)
-        if bank.facts.get("base_fingerprint") != fingerprint:
+        if any(bank.facts.get(key) != value for key, value in weights.items()):
             raise ValueError(
                 f"probes={given}: they were fitted to other weights than those of {policy.source.reference}"
             )
@@ -166,7 +171,7 @@ def find_bank(
     if processes.is_main and not (own / TABLE).is_file():
         with watch.timed("probes"), tempfile.TemporaryDirectory(dir=run.root, prefix=".states-") as folder:
             counts = {s: sum(r.split == s for r in rows) for s in ("train", "validation", "test")}
-            about = {"base_fingerprint": fingerprint, "texts": counts, **(facts or {})}
+            about = {**weights, "texts": counts, **(facts or {})}
             count = len(blocks(policy.model))
             with progress("reading states", len(rows)) as on_read, progress("probes", count) as on_fitted:
                 bank = make_bank(

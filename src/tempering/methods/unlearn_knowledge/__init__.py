@@ -93,7 +93,8 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
     if processes.is_main:
         read = [[t.id, t.ids] for rows in (*corpus.forget.values(), corpus.retain) for t in rows]
         run.require_inputs(content_id(read), str(config.data.train))
-    watch, bank = Stopwatch(), None
+    watch = Stopwatch()
+    bank: Bank | None = None
     if config.layer == "sweep":
         with watch.timed("sweep"):
             layer = swept(config, policy, corpus, measurer, run, processes)
