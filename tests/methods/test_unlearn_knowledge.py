@@ -583,7 +583,7 @@ def test_probes_tell_texts_to_forget_from_texts_to_keep_and_serve_another_run(ma
     bank = train(many(out="bank", probes_only=True))
     assert bank.is_done and not bank.has("final")
     worth = {row["layer"]: row for row in bank.read_json("probes/probes.json")["layers"]}
-    assert worth[1]["auroc"] == 1.0
+    assert worth[1]["auroc"] > 0.9
     run = train(many(out="second", probes=str(bank.root)))
     assert (run.root / "probes/probes.json").read_bytes() == (bank.root / "probes/probes.json").read_bytes()
     edited = load_tensors(run.root / "final" / "edit.safetensors")
