@@ -574,7 +574,7 @@ def many(config, tmp_path):
             return str(file)
 
         data = {"train": rows("bad", "apple"), "retain": rows("good", "river")}
-        return config(data=data, layers=[1, 2], objective="probe", lr=1e-2, **settings)
+        return config(data=data, layers=[1, 2], objective="probe", lr=1e-2, alpha=1.0, batch_rows=60, **settings)
 
     return make
 
