@@ -161,7 +161,8 @@ def planned(about: Subject, config: EvalConfig, warnings: list[str]) -> list[Att
     Raises:
         ValueError: a budget is larger than the number of texts.
     """
-    plan, out = config.relearning, []
+    plan = config.relearning
+    out: list[Attack] = []
     forget = forget_texts(about, config)
     budgets = plan.budgets or (len(forget),)
     if max(budgets) > len(forget):
@@ -388,7 +389,8 @@ def latent(held_out: Sequence[Found], null: Sequence[Found], about: Subject) -> 
 
 def curve(found: Found, about: Subject) -> dict[str, Any]:
     """An attack, and per measured step: mean, recovered fraction with interval, tokens given."""
-    attack, kept, out = found.attack, _asked_of(found.attack, about), []
+    attack, kept = found.attack, _asked_of(found.attack, about)
+    out: list[dict[str, Any]] = []
     for step, values in sorted(found.curve.items()):
         entry = _entry(values, about, kept)
         out.append({"step": step, "tokens": found.tokens[step], about.metric: float(np.mean(_at(values, kept))),
