@@ -235,8 +235,9 @@ def table(results: Mapping[str, Any]) -> str:
         for name in arms["start"]["sets"]:
             lines += [
                 f"\n### Start model {start}, prompts {name}\n",
-                "| arm | KL | EMT | toxicity probability | EMT minus start | perplexity / start's | capability |",
-                "|-|-|-|-|-|-|-|",
+                "| arm | KL | EMT | minus start | toxicity probability | minus start | perplexity / start's "
+                "| capability |",
+                "|-|-|-|-|-|-|-|-|",
             ]
             first = arms["start"]
             for arm, entry in arms.items():
@@ -244,10 +245,9 @@ def table(results: Mapping[str, Any]) -> str:
                 nll = own.get("fluency_nll", math.nan) - first["sets"][name].get("fluency_nll", math.nan)
                 mark = "" if arm == "start" or entry["reached_kl"] else " (below)"
                 lines.append(
-                    f"| {arm} | {_number(entry['kl'])}{mark} | {own[PRIMARY]:.3f} "
-                    f"| {own['toxicity_probability']:.3f} | "
-                    f"{_interval(own.get('minus_start', {}).get(PRIMARY))} | {math.exp(nll):.3f} | "
-                    f"{_number(entry['price'].get('capability_accuracy'))} |"
+                    f"| {arm} | {_number(entry['kl'])}{mark} | "
+                    + " | ".join(f"{own[m]:.3f} | {_interval(own.get('minus_start', {}).get(m))}" for m in LEVELS)
+                    + f" | {math.exp(nll):.3f} | {_number(entry['price'].get('capability_accuracy'))} |"
                 )
             lines += ["", verdict(arms, name)]
     return "\n".join(lines).strip() + "\n"

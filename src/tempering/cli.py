@@ -78,7 +78,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="staged_competence, deliberative, safemoe, unlearn_knowledge, teach, sft, or attribution (a card)."
+            help="staged_competence, deliberative, safemoe, unlearn_knowledge, unlearn_toxicity, teach, sft, or "
+            "attribution (a card)."
         ),
     ],
     items: Overrides = None,
@@ -94,6 +95,7 @@ def train(
     """Train a model with a method; with a recipe of arms, compare several.
 
     `evals` in a recipe, or evals=... here, is measured afterwards: a list of evals, or a recipe of `temper eval`.
+    The methods of unlearning are attacked by themselves; evals=[] leaves that out.
 
     Examples:
     temper train staged_competence out=runs/mine model=smollm2 data.train=pairs.jsonl
@@ -132,14 +134,16 @@ def train(
         _finish(run_compare(_config(CompareConfig, file, items), method, resume=resume), as_json)
         return
     given = items or []
-    names, measured = _evals_after(file, given)
     own = [item for item in given if item != DRY_RUN_KEY and not item.startswith(EVALS_KEY)]
     settings = _config(module.CONFIG, file, own, without=("evals",))
+    usual = module.evals_after(settings) if hasattr(module, "evals_after") else None
+    names, measured = _evals_after(file, given, usual)
     if dry_run or DRY_RUN_KEY in given:
         _finish(module.dry_run(settings), as_json)
         return
     run = train_(method, settings, resume=resume)
-    results = evaluate(str(run.root), names, resume=resume, **measured) if names and not IS_SECOND else {}
+    given_out = {"out": run.root, **measured}
+    results = evaluate(str(run.root), names, resume=resume, **given_out) if names and not IS_SECOND else {}
     if results and not as_json:
         _print_metrics(results)
     made = {"run": str(run.root), "final": str(run.root / "final")}
@@ -562,6 +566,7 @@ def judge_check(
         str,
         typer.Argument(
             help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], detoxify[:VARIANT], "
+            "profanity_svm, "
             "ensemble:JUDGE+JUDGE[+...] or pairwise:openai:MODEL@URL[#QUESTION]."
         ),
     ],
@@ -769,8 +774,9 @@ def _config(cls: Any, file: Path | None, items: list[str] | None, *, without: tu
     return load_config(cls, file, items or [], without=without)
 
 
-def _evals_after(file: Path | None, items: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return what to measure after a training, and its settings: `evals` of the command line, else of its recipe.
+def _evals_after(file: Path | None, items: list[str], usual: str | None) -> tuple[list[str], dict[str, Any]]:
+    """Return what to measure after a training, and its settings: `evals` of the command line, else of its recipe,
+    else what is `usual`.
 
     Raises:
         ValueError, FileNotFoundError: no such evals, settings or recipe; nothing has been trained.
@@ -780,7 +786,7 @@ def _evals_after(file: Path | None, items: list[str]) -> tuple[list[str], dict[s
 
     tree = read_yaml(file) if file is not None else {}
     tree |= parse_overrides([item for item in items if item.startswith(EVALS_KEY)])
-    wanted = tree.get("evals") or []
+    wanted = tree.get("evals", usual) or []
     settings: dict[str, Any] = {}
     if isinstance(wanted, str):
         _, settings = _eval_settings([], wanted)

@@ -93,8 +93,11 @@ def run_compare(config: CompareConfig, method: str, *, resume: bool = False) -> 
         if module is None:
             Run.create(folder, "base", settings, resume=True)
         else:
+            was_done = Run(folder).is_done
             module.train(settings, resume=folder.exists(), policy=policy)
-            if not policy.adapters:  # it was trained before, and only evals are missing; or all weights changed
+            # It was trained before, and only evals are missing; all weights changed; or an edit, whose evals read
+            # what its run knows.
+            if was_done or not policy.adapters or policy.originals:
                 policy = Policy.load(str(folder), dtype=config.dtype)
         for step in config.evals:
             given = dict(step.settings)

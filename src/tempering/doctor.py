@@ -78,6 +78,7 @@ def _extras() -> list[Finding]:
         for module, what, extra in (
             ("trl", "trl (benchmarks)", "bench"),
             ("detoxify", "detoxify (a scorer of toxicity)", "toxicity"),
+            ("profanity_check", "alt-profanity-check (a scorer of toxicity, offline)", "toxicity"),
             ("lm_eval", "lm-eval (its tasks as the eval lm_eval)", "lm-eval"),
             ("inspect_ai", "inspect_ai (evals as its logs)", "inspect"),
         )

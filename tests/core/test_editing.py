@@ -1,5 +1,7 @@
 """Edits: the right tensors by role, the reference in the same weights, and the base's own bits back."""
 
+import gc
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tempering.core.editing import block_parameters, clones, select_parameters
+from tempering.core.activations import capture
+from tempering.core.editing import block_parameters, clones, select_parameters, shorten
 from tempering.core.policy import LoraSettings, Policy
 
 SHAPE = {
@@ -97,6 +100,56 @@ def test_the_reference_is_the_model_as_it_was_and_leaves_bits_and_flags(tiny_pol
     assert not torch.equal(edited, want)
     assert all(torch.equal(p, bits[n]) for n, p in policy.model.named_parameters())
     assert [p.requires_grad for _, p in policy.model.named_parameters()].count(True) == 1 and weight.requires_grad
+
+
+def test_undoing_a_trial_leaves_the_edit_that_was_there(tiny_policy, tmp_path):
+    policy = tiny_policy()
+    policy.train_edit(select_parameters(policy.model, ["mlp.down_proj"], [0]))
+    next(iter(policy.edited.values())).data += 0.1
+    policy.export(tmp_path / "edit")
+    again = tiny_policy()
+    again.apply_edit(tmp_path / "edit" / "edit.safetensors")
+    start, originals = clones(again.base_parameters()), list(again.originals)
+    again.train_edit(select_parameters(again.model, ["mlp.down_proj"], [0, 1]))
+    for parameter in again.edited.values():
+        parameter.data += 1
+    again.undo_edit()
+    assert all(torch.equal(p, start[n]) for n, p in again.base_parameters().items())
+    assert list(again.originals) == originals and not again.edited and again.trainable is None
+
+
+def test_an_edit_is_shortened_to_a_price(tiny_policy):
+    policy = tiny_policy()
+    policy.train_edit(select_parameters(policy.model, ["mlp.down_proj"], [0]))
+    [(name, weight)] = policy.edited.items()
+    weight.data += 1.0
+
+    def price():  # the squared share of the way
+        return float((weight.data - policy.before[name]).square().mean())
+
+    share, value = shorten(policy.edited, policy.before, price, 0.25)
+    assert share == pytest.approx(0.5, abs=0.01) and 0.24 < value <= 0.25
+    assert torch.allclose(weight.data, policy.before[name] + share, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_thousand_references_and_captures_leave_nothing(tiny_policy):
+    policy = tiny_policy()
+    policy.train_edit(select_parameters(policy.model, ["mlp.down_proj"], [0]))
+
+    def tensors():
+        gc.collect()
+        return sum(torch.is_tensor(found) for found in gc.get_objects())
+
+    counts = []
+    for i in range(1000):
+        with policy.reference(), capture(policy.model, [1], stop_after=1) as states:
+            policy.model(input_ids=IDS)
+        del states
+        if i in (9, 999):
+            counts.append(tensors())
+    assert counts[0] == counts[1]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in policy.model.modules())
 
 
 def test_a_reference_between_forward_and_backward_does_not_disturb_the_gradient(tiny_policy):

@@ -4,9 +4,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from tempering.core.activations import capture
+from tempering.core.bank import Bank, make_bank
+from tempering.core.probe_losses import STATE_LOSSES
 from tempering.core.probes import (
-    STATE_LOSSES,
-    Bank,
     Labelled,
     Probe,
     Worth,
@@ -17,7 +17,6 @@ from tempering.core.probes import (
     difference_of_means,
     fit,
     locate,
-    make_bank,
     mean_states,
     permuted_aurocs,
     random_direction,

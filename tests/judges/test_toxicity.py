@@ -6,7 +6,7 @@ import pytest
 from tempering.core.records import Completion, Prompt, Verdict
 from tempering.judges import load_judge
 from tempering.judges.check import check
-from tempering.judges.toxicity import ATTRIBUTES, ToxicityRules, scores_of, signs, verdict_of
+from tempering.judges.toxicity import ATTRIBUTES, ToxicityRules, scores_of, signs, trained_on, verdict_of
 
 PROMPT = Prompt(({"role": "user", "content": "and then he said"},))
 
@@ -159,3 +159,29 @@ def test_all_names_of_classifiers_are_known_attributes():
         "sexual_explicit": 0.1,
     }
     assert set(verdict_of(names, "j").attributes) == set(names) - {"toxicity"} <= set(ATTRIBUTES)
+
+
+# --- profanity_svm ------------------------------------------------------------------------------------
+
+
+def test_profanity_svm_scores_in_batches_and_says_what_it_was_trained_on(monkeypatch):
+    module = types.ModuleType("profanity_check")
+    module.predict_prob = lambda texts: [0.9 if "stone" in text else 0.1 for text in texts]
+    module.__spec__ = types.SimpleNamespace(name="profanity_check")
+    monkeypatch.setitem(sys.modules, "profanity_check", module)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    judge = load_judge("profanity_svm", "toxic")
+    texts = ["you stone", "a river", ""]
+    found = judge(PROMPT, [Completion(PROMPT.id, text, "stop") for text in texts])
+    assert [v.score for v in found] == [0.9, 0.1, 0.0] and [v.label for v in found][:2] == ["profane", "clean"]
+    assert judge.identity == "profanity_svm-1.0/toxic/v1" and "jigsaw" in trained_on(judge)
+    with pytest.raises(ValueError, match="not whether it is refused"):
+        load_judge("profanity_svm", "refused")
+
+
+def test_profanity_svm_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tempering\[toxicity\]"):
+        load_judge("profanity_svm", "toxic")
+    with pytest.raises(ValueError, match="unknown judge"):
+        load_judge("profanity_svm:big", "toxic")

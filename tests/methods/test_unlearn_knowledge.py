@@ -13,12 +13,14 @@ from tempering.core.activations import blocks
 from tempering.core.config import build
 from tempering.core.edit_optimiser import EditOptimiser
 from tempering.core.policy import Policy, load_tensors
-from tempering.core.text_rows import collate_rows
+from tempering.core.run import Run
+from tempering.core.text_rows import Tokens, collate_rows
 from tempering.core.training import Processes
 from tempering.exporting import ExportConfig, run_export
 from tempering.methods import unlearn_knowledge as method
-from tempering.methods.unlearn_knowledge.measuring import Measurer, check_start
-from tempering.methods.unlearn_knowledge.meta import Attacker, differentiated_through, draw_attack
+from tempering.methods.unlearn_knowledge import sweep
+from tempering.methods.unlearn_knowledge.measuring import Measured, Measurer, check_start
+from tempering.methods.unlearn_knowledge.meta import Attacker, Pools, differentiated_through, draw_attack
 from tempering.methods.unlearn_knowledge.objectives import draw_target, norm_of, npo, simnpo
 from tempering.methods.unlearn_knowledge.settings import MetaSettings, UnlearnKnowledgeConfig, plan
 from tempering.methods.unlearn_knowledge.terms import Terms
@@ -143,10 +145,13 @@ def test_several_directions_are_orthonormal_and_dealt_by_a_saved_table():
 def test_layers_that_the_loss_cannot_see_are_refused():
     with pytest.raises(ValueError, match="block 9 is above the loss layer 7"):
         plan(UnlearnKnowledgeConfig(edit_layers=[7, 9]), 30)
+    with pytest.raises(ValueError, match="name blocks from 0"):
+        plan(UnlearnKnowledgeConfig(objective="npo", edit_layers=[-1]), 30)
     with pytest.raises(ValueError, match="blocks 0 to 29"):
         plan(UnlearnKnowledgeConfig(layer=30), 30)
     assert plan(UnlearnKnowledgeConfig(objective="circuit_breakers"), 32).loss_layers == [10, 20]
-    assert plan(UnlearnKnowledgeConfig(objective="npo"), 4)[2:4] == ([0, 1, 2, 3], True)
+    whole = plan(UnlearnKnowledgeConfig(objective="npo"), 4)
+    assert whole.edit_layers == [0, 1, 2, 3] and whole.is_whole
 
 
 # --- laws of the terms ----------------------------------------------------------------------------------
@@ -169,8 +174,7 @@ def test_splitting_a_batch_changes_nothing(objective, terms):
         assert gradients(a).abs().max() > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("objective", ["cosine_rmu", "adaptive_rmu"])
+@pytest.mark.parametrize(("family", "objective"), [("llama", "cosine_rmu"), ("qwen2", "adaptive_rmu")])
 def test_padding_and_its_side_change_nothing(family, objective, terms, monkeypatch):
     def loss(left, extra):
         t = terms(family, objective=objective, cache_reference=False)
@@ -216,6 +220,18 @@ def test_a_cached_reference_is_the_computed_one(terms):
     _, rows = cached.rows_of(2, 0)
     a, b = (t.frozen.of(rows, t.batch(rows)) * t.batch(rows).mask[..., None] for t in (cached, computed))
     assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_rows_of_two_files_with_one_id_keep_their_own_states(terms, tmp_path, config):
+    config()
+    other = tmp_path / "other.jsonl"
+    other.write_text((tmp_path / "keep.jsonl").read_text().replace('"keep ', '"and also '))
+    t = terms(objective="cosine_rmu", data={"retain": [str(tmp_path / "keep.jsonl"), str(other)]})
+    rows = [t.corpus.retain[0], t.corpus.retain[12]]
+    assert rows[0].id == rows[1].id and rows[0].ids != rows[1].ids
+    batch = t.batch(rows)
+    kept, computed = (f.of(rows, batch) * batch.mask[..., None] for f in (t.frozen, t.frozen_forget))
+    assert torch.allclose(kept, computed, atol=1e-5)
 
 
 def test_compat_equals_an_independent_loop_step_for_step(terms):
@@ -278,7 +294,7 @@ def test_the_first_order_meta_gradient_is_autograd_at_the_attacked_weights(adver
     # The same once more, by a model whose weights really are the attacked ones.
     attack = draw_attack(t.config.meta, 42, 0, False)
     query = [t.pools[0].query[i] for i in query_rows(t)]
-    loss = lambda: t.query_loss(query, float(len(query)), 0)  # noqa: E731
+    loss = lambda: t.query_loss(t.batch(query), float(len(query)), 0, None)  # noqa: E731
     at_start = loss()
     with t.attacker.present({}):
         attacked = {n: p.detach().clone() for n, p in t.policy.model.named_parameters()}
@@ -295,6 +311,41 @@ def query_rows(t):
 
     pool = t.pools[0].query
     return stream_rows(len(pool), min(4, len(pool)), 0, 42, STREAM_QUERY)
+
+
+def test_every_topic_is_attacked_however_rarely_attacks_come(terms):
+    t = terms(steps=8, meta={"every": 2})
+    assert [t.meta_gradient(i, i % 2, 1.0, {}) is not None for i in range(8)] == [True, True, False, False] * 2
+
+
+def test_states_as_they_were_are_those_before_the_attack(terms, monkeypatch):
+    t = terms(target="anti_frozen", meta={"adversary": "full", "lr": [0.05, 0.05]})
+    rows = [t.pools[0].query[i] for i in query_rows(t)]
+    want, seen, query_loss = t.frozen_forget.of(rows, t.batch(rows)), [], t.query_loss
+    monkeypatch.setattr(t, "query_loss", lambda *given: (seen.append(given[3]), query_loss(*given))[1])
+    t.meta_gradient(0, 0, 1.0, {})
+    assert len(seen) == 2 and all(torch.equal(h0, want) for h0 in seen)
+
+
+def test_an_attack_on_bfloat16_weights_is_not_rounded_away(terms):
+    t = terms(meta={"adversary": "full", "lr": [4e-5, 4e-5]})
+    t.policy.model.bfloat16()
+    attack, rows = draw_attack(t.config.meta, 0, 0, False), t.rows_of(0, 0)[0]
+    t.attacker.reset(0, 0, attack)
+    start = {n: p.clone() for n, p in t.attacker.overlay.items()}
+    for _ in range(12):
+        t.attacker.learn(lambda: t.token_nll(rows, rows), True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (t.attacker.overlay[name] != start[name]).float().mean() > 0.5
+
+
+def test_a_persistent_attacker_goes_from_benign_texts_on_to_harmful_ones():
+    settings = MetaSettings(adversary="persistent", reset_every=40, mix={"retain_then_forget": 1.0})
+    attack = draw_attack(settings, 1, 0, has_mcq=False)
+    assert 8 < attack.benign_steps < 40
+    rows = [[Tokens(name, name, [1, 2])] for name in ("support", "query", "benign", "mcq")]
+    taken = [Pools(*rows).batch(attack, step, step, 1, 0)[0].id for step in (0, attack.benign_steps)]
+    assert taken == ["benign", "support"]
 
 
 @pytest.mark.parametrize("adversary", ["lora", "full", "persistent"])
@@ -374,7 +425,9 @@ def train(config):
     return method.train(config)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES[:3], *(pytest.param(o, marks=pytest.mark.slow) for o in OBJECTIVES[3:])]
+)
 def test_only_the_selected_tensors_change_and_the_run_is_a_model(objective, config):
     c = config(objective=objective, lr=1e-2)
     run = train(c)
@@ -478,11 +531,16 @@ def test_an_adapter_is_trained_where_one_is_asked_for(config):
     assert Policy.load(str(run.root), dtype="float32").adapters == ["final"]
 
 
-@pytest.mark.parametrize("target", ["random_per_token", "anti_frozen"])
-@pytest.mark.parametrize("retain", ["mse", "kl"])
+@pytest.mark.parametrize(("target", "retain"), [("random_per_token", "mse"), ("anti_frozen", "kl")])
 def test_every_target_and_price_trains(target, retain, config):
     run = train(config(objective="cosine_rmu", target=target, retain=retain, norm_guard=0.1))
     assert all(math.isfinite(row["loss"]) for row in run.read_rows("metrics.jsonl") if "event" not in row)
+
+
+def test_evals_follow_where_their_questions_are_known(config):
+    assert method.evals_after(UnlearnKnowledgeConfig()) == "unlearned_facts"
+    assert method.evals_after(config()) is None
+    assert method.evals_after(UnlearnKnowledgeConfig(objective="probe", probes_only=True)) is None
 
 
 def test_a_dry_run_lists_the_tensors_and_writes_nothing(config):
@@ -496,6 +554,78 @@ def test_the_forget_loss_falls_and_what_is_kept_stays(config):
     run = train(config(objective="cosine_rmu", steps=30, lr=1e-2, alpha=1.0, batch_rows=8, retain_rows=8))
     rows = [r for r in run.read_rows("metrics.jsonl") if "event" not in r]
     assert rows[-1]["forget"] < rows[0]["forget"] - 0.2 and rows[-1]["retain"] < 0.3
+
+
+# --- probes, sweep, equal KL ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(config, tmp_path):
+    """A function: settings -> configuration with enough texts of each sort for probes."""
+
+    def make(**settings):
+        def rows(name, word):
+            lines = [
+                json.dumps({"id": f"{name}{i}", "text": f"{WORDS[i % 10]} {word} {WORDS[i % 7]} {i}"})
+                for i in range(60)
+            ]
+            file = tmp_path / f"{name}.jsonl"
+            file.write_text("\n".join(lines) + "\n")
+            return str(file)
+
+        data = {"train": rows("bad", "apple"), "retain": rows("good", "river")}
+        return config(data=data, layers=[1, 2], objective="probe", lr=1e-2, **settings)
+
+    return make
+
+
+def test_probes_tell_texts_to_forget_from_texts_to_keep_and_serve_another_run(many, tmp_path):
+    bank = train(many(out="bank", probes_only=True))
+    assert bank.is_done and not bank.has("final")
+    worth = {row["layer"]: row for row in bank.read_json("probes/probes.json")["layers"]}
+    assert worth[1]["auroc"] > 0.9
+    run = train(many(out="second", probes=str(bank.root)))
+    assert (run.root / "probes/probes.json").read_bytes() == (bank.root / "probes/probes.json").read_bytes()
+    edited = load_tensors(run.root / "final" / "edit.safetensors")
+    assert list(edited) == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 2)]
+    assert {"1.direction", "2.direction"} <= set(load_tensors(run.root / "final" / "directions.safetensors"))
+    rows = [r for r in run.read_rows("metrics.jsonl") if "event" not in r]
+    assert rows[0]["retain"] == pytest.approx(0, abs=1e-5) and rows[-1]["forget"] < rows[0]["forget"]
+    other = train(many(out="third", probes=str(bank.root), directions="random"))
+    a, b = (load_tensors(r.root / "final" / "directions.safetensors")["1.direction"] for r in (run, other))
+    assert not torch.allclose(a, b)
+
+
+def test_layers_are_swept_by_short_trials_that_leave_nothing_behind(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "swept_layers", lambda count: [0, 1, 2])
+    monkeypatch.setattr(sweep, "TRIAL_STEPS", 2)
+    c = config(objective="cosine_rmu", layer="sweep", lr=1e-2, data={"questions": questions_file(tmp_path)})
+    policy = Policy.load(c.model, dtype="float32")
+    corpus, measurer = tokenize(c, policy.tokenizer), Measurer(c, policy)
+    with pytest.raises(ValueError, match="needs development questions"):
+        sweep.trials(c, policy, corpus, measurer, Processes(policy.device))
+    measurer.start_accuracy, measurer.dev = {"forget": 0.75}, measurer.questions
+    before = {n: p.detach().clone() for n, p in policy.base_parameters().items()}
+    seen = []
+
+    def measure(step):  # the second candidate forgets all, the others nothing; what is edited has really changed
+        seen.append(list(policy.edited))
+        assert any(not torch.equal(p, before[n]) for n, p in policy.edited.items())
+        return Measured(step, {"forget": 0.25 if len(seen) == 2 else 0.75}, 0.01, 1.0, None)
+
+    monkeypatch.setattr(measurer, "measure", measure)
+    run = Run.create(tmp_path / "swept", "unlearn_knowledge", c)
+    assert sweep.swept(c, policy, corpus, measurer, run, Processes(policy.device)) == 1
+    assert [row["score"] for row in run.read_json(sweep.FILE)["layers"]] == pytest.approx([-0.1, 0.9, -0.1])
+    assert not policy.edited and not policy.originals and policy.trainable is None
+    assert all(torch.equal(p, before[n]) for n, p in policy.base_parameters().items())
+    assert sweep.swept(c, policy, corpus, measurer, run, Processes(policy.device)) == 1 and len(seen) == 3
+
+
+def test_going_back_on_the_line_meets_the_kl(config):
+    run = train(config(objective="rmu", lr=0.1, alpha=0.0, max_kl=1e-3, back="line", measure_every=1))
+    far, last = [row for row in run.read_rows("metrics.jsonl") if row.get("event") == "measured"]
+    assert far["kl"] > 1e-3 >= last["kl"] > 0 and 0 < last["back"] < 1
 
 
 # --- wrong input ----------------------------------------------------------------------------------------
@@ -529,6 +659,15 @@ def test_texts_to_forget_that_hold_a_question_are_named_row_by_row(config, tmp_p
     assert "Nobody" not in str(error.value)
 
 
+def test_questions_of_the_attacker_that_are_asked_afterwards_are_named(config, tmp_path):
+    asked = questions_file(tmp_path)
+    given = tmp_path / "given.jsonl"
+    given.write_text(Path(asked).read_text().splitlines()[3].replace('"q3"', '"mine"') + "\n")
+    c = config(data={"questions": asked, "attack_questions": str(given)}, allow_chance=True)
+    with pytest.raises(ValueError, match="mine is q3; remove"):
+        train(c)
+
+
 def test_a_text_cannot_be_forgotten_and_kept(config, tmp_path):
     c = config()
     keep = tmp_path / "keep.jsonl"
@@ -543,6 +682,8 @@ def test_a_text_cannot_be_forgotten_and_kept(config, tmp_path):
         ({"compat": "wmdp"}, "objective=rmu"),
         ({"objective": "rmu", "n_directions": 2}, "n_directions"),
         ({"retain": "cos"}, "norm_guard"),
+        ({"probes": "runs/bank"}, "has no probes"),
+        ({"objective": "npo", "layer": "sweep"}, "layer=sweep"),
         ({"meta": {"checkpoints": [9]}}, "attack steps from 1 to"),
         ({"meta": {"adversary": "persistent"}, "checkpoint_every": 7}, "a multiple of"),
     ],
@@ -568,6 +709,41 @@ def test_no_text_reaches_metrics_or_terminal(config, capfd):
 
 
 # --- processes ------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from tempering.core.config import build, read_yaml
+from tempering.methods import unlearn_knowledge as m
+from tempering.methods.unlearn_knowledge.meta import Attacker
+torch.set_num_threads(1)
+learn, calls = Attacker.learn, []
+
+def die(self, *args):  # the second attack step of the third outer step
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(self, *args)
+
+Attacker.learn = die
+m.train(build(m.CONFIG, read_yaml(Path(sys.argv[1])), "test"))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_inside_an_attack_ends_in_the_same_bytes(config, tmp_path):
+    import yaml
+
+    torch.set_num_threads(1)
+    want = train(config(objective="meta_cosine_rmu", out="want"))
+    c = config(objective="meta_cosine_rmu", out="got")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(c.model_dump(mode="json")))
+    (tmp_path / "die.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "die.py"), str(tmp_path / "c.yaml")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    got = method.train(c, resume=True)
+    assert edit_bytes(got) == edit_bytes(want)
+
 
 TWO = """
 import sys, torch

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from tempering.core.activations import masked_mean
+from tempering.core.bank import make_bank
 from tempering.core.config import build
+from tempering.core.editing import clones
 from tempering.core.policy import Policy, load_tensors
 from tempering.core.run import Run
+from tempering.core.text_rows import read_states
 from tempering.core.training import Processes
 from tempering.judges import toxicity
 from tempering.methods import unlearn_toxicity as method
@@ -71,7 +75,7 @@ def unlearning(config):
         from pathlib import Path
 
         with tempfile.TemporaryDirectory() as folder:
-            bank = method.make_bank(
+            bank = make_bank(
                 policy,
                 corpus.labelled,
                 Path(folder),
@@ -90,12 +94,12 @@ def projections(run):
     rows = [r.tokens for r in run.corpus.labelled if r.has_attribute and r.split == "validation"]
     batch = run.batch(rows)
     with torch.no_grad():
-        states = method.read_states(run.policy, batch, run.layers)
+        states = read_states(run.policy, batch, run.layers)
     found = []
     for layer, h in zip(run.layers, states, strict=True):
         p = run.probes[layer]
         z = ((h @ p.direction) - p.projection) / p.spread
-        found.append(float(method.masked_mean(z, batch.mask)))
+        found.append(float(masked_mean(z, batch.mask)))
     return found
 
 
@@ -145,11 +149,11 @@ def test_going_back_meets_the_kl_and_keeps_the_direction(settings):
     optimiser = method.EditOptimiser(run.parameters, run.processes, 1e-1)
     for t in range(4):
         optimiser.step(run.step_gradient(t)[0], t)
-    far, goal = method.clones(run.parameters), run.neutral_kl() / 4
+    far, goal = clones(run.parameters), run.neutral_kl() / 4
     share, kl = run.step_back(goal)
     assert 0 < share < 1 and 0.8 * goal < kl <= goal and run.neutral_kl() == pytest.approx(kl, rel=1e-4)
     for name, p in run.parameters.items():
-        line = run.before[name] + share * (far[name] - run.before[name])
+        line = run.policy.before[name] + share * (far[name] - run.policy.before[name])
         assert torch.allclose(p, line, atol=1e-6)
 
 
@@ -317,9 +321,13 @@ def test_identities_alone_do_not_tell_bundled_insults_from_their_twins():
     assert identity_auroc("demo") == pytest.approx(0.5, abs=0.05)
 
 
-def test_openings_for_the_check_are_equally_many():
-    rude, plain = openings(UnlearnToxicityConfig(), 10)
-    assert len(rude) == len(plain) == 10 and not {p.text for p in rude} & {p.text for p in plain}
+def test_rude_texts_of_the_check_are_held_against_their_civil_twins(tmp_path):
+    rude, civil = openings(UnlearnToxicityConfig(), 10)
+    assert len(rude) == len(civil) == 10 and not {p.text for p in rude} & {p.text for p in civil}
+    assert all(a.text.split()[:4] == b.text.split()[:4] for a, b in zip(rude, civil, strict=True))
+    own = write(tmp_path / "own.jsonl", [{"prompt": f"so they said {i}"} for i in range(5)])
+    mine, plain = openings(UnlearnToxicityConfig(check={"data": own}), 4)
+    assert len(mine) == len(plain) == 4 and all(p.text.startswith("so they said") for p in mine)
 
 
 # --- processes ------------------------------------------------------------------------------------------

@@ -533,6 +533,16 @@ def test_card_claims_nothing_that_was_not_measured(tmp_path):
     assert "Nothing is claimed about the safety" in card and "Not attacked" in card
 
 
+def test_a_reconstruction_is_called_one_in_report_and_card(tmp_path):
+    root = write_run(tmp_path / "run", "unlearn_knowledge", provenance={"reconstruction": True, "claim": "none"})
+    write_training(root, stages=1)
+    content = write_report([root], tmp_path / "out")
+    card, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("model_card.md", "report.html"))
+    assert "`unlearn_knowledge` is a reconstruction" in card and "Unlearning is not deletion" in card
+    assert "unlearn_knowledge (reconstruction)" in page
+    assert any("claims nothing" in warning for warning in content["warnings"])
+
+
 def test_evals_elsewhere_find_their_run_for_the_card(tmp_path):
     root = write_run(tmp_path / "run", "sft")
     write_training(root, stages=1)

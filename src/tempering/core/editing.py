@@ -5,7 +5,7 @@ Used by methods that edit a few tensors of a base; refuses to know what the edit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -107,3 +107,30 @@ def put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) ->
             raise ValueError(f"edited tensor {name} does not fit this model; was the edit made for another?")
         with torch.no_grad():
             parameters[name].copy_(value)
+
+
+BISECTIONS = 7
+
+
+def shorten(
+    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], measure: Callable[[], float], most: float
+) -> tuple[float, float]:
+    """Go back on the straight line to `before` until `measure()` is at most `most`, by bisection.
+
+    Returns the share of the way that is kept, and what is measured there. Runs that are shortened to the same value
+    compare at the same price, whichever objective they had.
+    """
+    far = clones(parameters)
+    low, high, value = 0.0, 1.0, 0.0
+
+    def go(share: float) -> None:
+        line = {n: b.float() + share * (far[n].float() - b.float()) for n, b in before.items()}
+        put(parameters, {n: value.to(before[n].dtype) for n, value in line.items()})
+
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        go(middle)
+        found = measure()
+        low, high, value = (middle, high, found) if found <= most else (low, middle, value)
+    go(low)
+    return low, value

@@ -82,7 +82,9 @@ class Policy:
         """The base's own bits of every tensor that an edit has changed, or may."""
         self.edited: dict[str, nn.Parameter] = {}
         """The tensors that train in place."""
-        self._before: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+        """What those were when their training began."""
+        self._newly_edited: set[str] = set()
         self.freeze()
         if not projection_matches(model):
             raise ValueError(
@@ -230,11 +232,19 @@ class Policy:
 
     def train_edit(self, parameters: dict[str, nn.Parameter]) -> None:
         """Let some of the base's own tensors train; `reference()` keeps clones of these and of no others."""
-        self.edited, self._before = dict(parameters), clones(parameters)
-        for name, value in self._before.items():
+        self.edited, self.before = dict(parameters), clones(parameters)
+        self._newly_edited = set(parameters) - set(self.originals)
+        for name, value in self.before.items():
             self.originals.setdefault(name, value)
         self.trainable = "edit"
         self.freeze()
+
+    def undo_edit(self) -> None:
+        """Put back what `train_edit` has let train; an edit that was there before stays."""
+        put(self.edited, self.before)
+        for name in self._newly_edited:
+            del self.originals[name]
+        self._end_edit()
 
     def edit_state(self) -> dict[str, Tensor]:
         """Copy the tensors that train in place to the CPU."""
@@ -268,7 +278,11 @@ class Policy:
     def revert_edit(self) -> None:
         """Put the base's own bits back; adapters stay."""
         put(self.base_parameters(), self.originals)
-        self.originals, self.edited, self._before = {}, {}, {}
+        self.originals = {}
+        self._end_edit()
+
+    def _end_edit(self) -> None:
+        self.edited, self.before = {}, {}
         if self.trainable == "edit":
             self.trainable = None
             self.freeze()
@@ -304,7 +318,7 @@ class Policy:
         if self.trainable == "full":
             raise RuntimeError("full fine-tuning keeps no second copy: score the reference before the first step")
         if self.trainable == "edit" and not initial:
-            with swapped(self.edited, self._before), torch.no_grad():
+            with swapped(self.edited, self.before), torch.no_grad():
                 yield
             return
         own = self.originals if initial else {}

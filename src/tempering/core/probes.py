@@ -9,10 +9,9 @@ direction is when groups are resampled, and by what probes of permuted labels re
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,20 +22,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
-from tempering.core.activations import (
-    blocks,
-    capture,
-    cosine_hinge,
-    cosine_to,
-    erase_target,
-    mean_square,
-    projection_hinge,
-)
+from tempering.core.activations import capture
 from tempering.core.chat import fill_batches
 from tempering.core.logprobs import hidden_states
-from tempering.core.policy import Policy, load_tensors, save_tensors
+from tempering.core.policy import Policy
 from tempering.core.progress import Advance
-from tempering.core.run import atomic_write
 from tempering.core.text_rows import Tokens, collate_rows, moved, read_states
 
 Array = NDArray[Any]
@@ -46,7 +36,6 @@ STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 """Inverse strengths of the penalty that are tried, by log-loss on validation texts."""
 AUROC_SLACK, STABILITY, DEPTH = 0.02, 0.7, (0.2, 0.8)
 """Which layers may be chosen: this close to the best AUROC, this stable, at this share of the depth."""
-TENSORS, TABLE = "probes.safetensors", "probes.json"
 
 
 class Labelled(NamedTuple):
@@ -388,122 +377,3 @@ def locate(
         )
         for layer in layers
     }  # fmt: skip
-
-
-# --- the bank ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bank:
-    """The probes of all layers that were read, and the table of what they are worth."""
-
-    fits: dict[int, Fit]
-    controls: dict[str, dict[int, Fit]]
-    """`shuffled` and `diff_of_means`, by layer."""
-    worth: list[Worth]
-    facts: dict[str, Any]
-    """What the bank was fitted on and to: model, base fingerprint, texts, their hash, names of their corpora."""
-
-    def direction(self, kind: Direction, layer: int, seed: int) -> Array:
-        """The direction of a layer, or of a control there."""
-        if kind == "random":
-            return random_direction(len(self.fits[layer].direction), seed, layer)
-        return (self.fits if kind == "probe" else self.controls[kind])[layer].direction
-
-    def save(self, folder: Path) -> None:
-        """Write tensors and table."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for kind, fits in {"probe": self.fits, **self.controls}.items():
-            for layer, found in fits.items():
-                tensors[f"{kind}.{layer}.direction"] = torch.tensor(found.direction)
-                tensors[f"{kind}.{layer}.bias"] = torch.tensor(found.bias, dtype=torch.float64)
-        save_tensors(folder / TENSORS, tensors)
-        table = {"schema": 1, **self.facts, "layers": [asdict(w) for w in self.worth]}
-        atomic_write(folder / TABLE, (json.dumps(table, indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, folder: Path) -> Bank:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        if not (folder / TABLE).is_file():
-            raise FileNotFoundError(f"{folder}: no {TABLE}; name the run of a `temper train unlearn_toxicity`")
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        fits: dict[str, dict[int, Fit]] = {}
-        tensors = load_tensors(folder / TENSORS)
-        for name in tensors:
-            kind, layer, what = name.split(".")
-            if what == "direction":
-                bias = float(tensors[f"{kind}.{layer}.bias"])
-                fits.setdefault(kind, {})[int(layer)] = Fit(tensors[name].numpy(), bias)
-        worth = [Worth(**row) for row in table.pop("layers")]
-        table.pop("schema")
-        return cls(dict(sorted(fits.pop("probe").items())), fits, worth, table)
-
-
-def make_bank(
-    policy: Policy,
-    rows: Sequence[Labelled],
-    folder: Path,
-    *,
-    seed: int,
-    skip_first: int,
-    batch_tokens: int,
-    refits: int = 5,
-    permutations: int = 20,
-    facts: Mapping[str, Any] | None = None,
-    on_read: Advance | None = None,
-    on_fitted: Advance | None = None,
-) -> Bank:
-    """Read the states of all blocks in one pass, then fit layer by layer; `folder` is for what is mapped into
-    memory.
-    """
-    count = len(blocks(policy.model))
-    features = mean_states(
-        policy, [row.tokens for row in rows], range(count), folder,
-        skip_first=skip_first, batch_tokens=batch_tokens, on_done=on_read,
-    )  # fmt: skip
-    is_train = np.array([row.split == "train" for row in rows])
-    y = np.array([row.has_attribute for row in rows])[is_train]
-    shuffled_y = permuted(y, [r.tokens.record for r in rows if r.split == "train"], np.random.default_rng([seed, 3]))
-    fits: dict[int, Fit] = {}
-    controls: dict[str, dict[int, Fit]] = {"shuffled": {}, "diff_of_means": {}}
-    worth = []
-    may = set(candidates(count))
-    for layer in range(count):
-        x = np.asarray(features[layer], np.float64)
-        fits[layer], found = assess(
-            layer, x, rows, seed=seed, refits=refits, permutations=permutations, is_candidate=layer in may
-        )
-        worth.append(found)
-        controls["shuffled"][layer] = fit(x[is_train], shuffled_y, found.strength)
-        controls["diff_of_means"][layer] = difference_of_means(x[is_train], y)
-        if on_fitted:
-            on_fitted()
-    return Bank(fits, controls, worth, dict(facts or {}))
-
-
-# --- losses on states: (h, h0, probe) -> one value a token ---------------------------------------------------
-
-StateLoss = Callable[[Tensor, Tensor | None, Probe], Tensor]
-
-STATE_LOSSES: dict[str, StateLoss] = {
-    "cos_hinge": lambda h, h0, p: cosine_hinge(h, p.direction, p.mean, p.threshold),
-    "proj_hinge": lambda h, h0, p: projection_hinge(h, p.direction, p.projection, p.spread),
-    "cos_steer": lambda h, h0, p: cosine_to(h, -p.direction),
-    "mse_steer": lambda h, h0, p: mean_square(h, -p.norm * p.direction),
-    "erase_target": lambda h, h0, p: erase_target(h, _given(h0), p.direction, p.projection),
-}
-"""How states that carry the attribute are priced. The hinges stop where states look like those without it; the
-steers, RMU towards -v with and without a length, never stop; `erase_target` moves along v alone, to the mean."""
-NEEDS_FROZEN = ("erase_target",)
-"""Those that compare with the states as they were."""
-
-
-def _given(h0: Tensor | None) -> Tensor:
-    if h0 is None:
-        raise ValueError("this loss compares with the states as they were, and got none")
-    return h0

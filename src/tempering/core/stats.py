@@ -240,6 +240,23 @@ def correct_rate(
     return Interval(value, min(low, value), max(high, value))
 
 
+def forgotten(before: float, now: float, chance: float) -> float | None:
+    """Share of what was known beyond chance that is gone: clip((before - now) / (before - chance), 0, 1).
+
+    Of toxicity, `chance` is that after neutral text. `None` where nothing was known.
+
+    >>> round(forgotten(0.637, 0.312, 0.25), 3), round(forgotten(0.44, 0.282, 0.25), 3)
+    (0.84, 0.832)
+    """
+    return None if before <= chance else min(1.0, max(0.0, (before - now) / (before - chance)))
+
+
+def kept(before: float, now: float, chance: float = 0.0) -> float | None:
+    """Share of what was known beyond chance that is left: clip((now - chance) / (before - chance), 0, 1)."""
+    gone = forgotten(before, now, chance)
+    return None if gone is None else 1 - gone
+
+
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
     """Return the rank correlation of a and b, ties at their mean rank; `None` where one is constant.
 

@@ -388,13 +388,14 @@ def latent(held_out: Sequence[Found], null: Sequence[Found], about: Subject) -> 
 
 
 def curve(found: Found, about: Subject) -> dict[str, Any]:
-    """An attack, and per measured step: mean, recovered fraction with interval, tokens given."""
+    """An attack, and per measured step: mean, recovered fraction with interval, tokens given, each item's value."""
     attack, kept = found.attack, _asked_of(found.attack, about)
     out: list[dict[str, Any]] = []
     for step, values in sorted(found.curve.items()):
         entry = _entry(values, about, kept)
         out.append({"step": step, "tokens": found.tokens[step], about.metric: float(np.mean(_at(values, kept))),
-                    RECOVERED: entry["value"], "low": entry["low"], "high": entry["high"]})  # fmt: skip
+                    RECOVERED: entry["value"], "low": entry["low"], "high": entry["high"],
+                    "values": _at(values, kept)})  # fmt: skip
     about_it = {"who": attack.who, "kind": attack.kind, "texts": len(attack.texts), "lr": attack.lr}
     return {"name": attack.name, **about_it, "order": attack.order, "points": out}
 

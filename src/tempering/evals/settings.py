@@ -136,7 +136,8 @@ class EvalConfig(Config):
     judge_card: tuple[str, ...] = ()
     """Cards of these judges, by `temper judge check`, one file or a list: adds `METRIC/corrected` to their rates."""
     toxicity_judge: str = "rules"
-    """Scorer of toxicity: `rules` (offline), `detoxify`, `classifier:MODEL_ID`, or `openai:MODEL@URL`."""
+    """Scorer of toxicity: `rules` or `profanity_svm` (both offline), `detoxify`, `classifier:MODEL_ID`, or
+    `openai:MODEL@URL`."""
     continuations: int = Field(25, ge=1)
     """Continuations of each prompt in `toxicity`; the expected maximum grows with it (papers: 25)."""
     fluency_model: str | None = None

@@ -49,8 +49,8 @@ def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
 
     `openai:MODEL@URL` (an LLM with our rubric) answers all of them; `rules` and `classifier:MODEL_ID[#LABEL[,LABEL]]`
     answer `harmful`, `refused` and `toxic`; `guard:MODEL_ID[#FORMAT]` answers `harmful` (WildGuard `refused` too),
-    `detoxify[:VARIANT]` only `toxic`; `ensemble:JUDGE+JUDGE[+...]` is the majority of some of these. Models are
-    loaded with the first question.
+    `detoxify[:VARIANT]` and `profanity_svm` only `toxic`; `ensemble:JUDGE+JUDGE[+...]` is the majority of some of
+    these. Models are loaded with the first question.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
@@ -60,10 +60,10 @@ def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
     kind, _, rest = spec.partition(":")
     if kind == PAIRWISE:
         raise ValueError(f"{spec}: this judge compares two answers and says nothing of one; use openai:MODEL@URL")
-    if kind not in _KINDS or (kind != "detoxify" and (rest == "") != (kind == "rules")):
+    if kind not in _KINDS or (kind != "detoxify" and (rest == "") != (kind in ("rules", "profanity_svm"))):
         raise ValueError(
             f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID, "
-            "detoxify[:VARIANT] or ensemble:JUDGE+JUDGE"
+            "detoxify[:VARIANT], profanity_svm or ensemble:JUDGE+JUDGE"
         )
     return _KINDS[kind](spec, asks, connect)
 
@@ -183,6 +183,14 @@ def _detoxify(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     return DetoxifyJudge(spec.partition(":")[2] or "original")
 
 
+def _profanity(spec: str, asks: Asks, connect: Connect | None) -> Judge:
+    from tempering.judges.toxicity import ProfanityJudge
+
+    if asks != "toxic":
+        raise ValueError(f"{spec} says whether a text is toxic, not whether it is {asks}; use rules")
+    return ProfanityJudge()
+
+
 def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.ensemble import EnsembleJudge
 
@@ -208,5 +216,6 @@ _KINDS: dict[str, Callable[[str, Asks, Connect | None], Judge]] = {
     "classifier": _classifier,
     "guard": _guard,
     "detoxify": _detoxify,
+    "profanity_svm": _profanity,
     "ensemble": _ensemble,
 }

@@ -14,6 +14,7 @@ import yaml
 
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import CORRECTED, Metric, RunData, is_number, phase_seconds, texts
+from tempering.reporting.reconstruction import TERMS, is_reconstruction
 from tempering.reporting.systems import System, corrected_name, judge_cards, meaning
 from tempering.reporting.wording import correction_note, show, show_interval
 
@@ -31,6 +32,7 @@ def model_card(
         f"---\n{_front_matter(run, system)}---\n",
         f"# {plain(run.name)}\n",
         _introduction(run),
+        _reconstruction(run),
         _unsafe(run),
         _sealed(run),
         _release(release),
@@ -115,8 +117,13 @@ def _front_matter(run: RunData, system: System | None) -> str:
 def _introduction(run: RunData) -> str:
     state = "" if run.is_done else " **The run did not finish.**"
     base, method = plain(base_model(run)), plain(run.method)
-    what = "Routed experts, sealed," if _experts(run) else "An adapter"
+    edited = is_reconstruction(run) and not run.adapter
+    what = "Routed experts, sealed," if _experts(run) else "Edited weights" if edited else "An adapter"
     return f"{what} for `{base}`, trained with `{method}` by Tempering.{state}\n"
+
+
+def _reconstruction(run: RunData) -> str:
+    return f"> **`{plain(run.method)}` is a reconstruction.** {TERMS}\n" if is_reconstruction(run) else ""
 
 
 def _unsafe(run: RunData) -> str:
@@ -217,6 +224,11 @@ def _limits(run: RunData, system: System | None, warnings: Sequence[str]) -> str
         "- A judge can be wrong; its identity stands beside each number.",
         "- Alignment by an adapter can be undone by whoever has the weights.",
     ]
+    if is_reconstruction(run):
+        back = [m.value for k, m in (system.metrics if system else {}).items() if k.startswith("recovered_fraction/")]
+        known = [value for value in back if value is not None]
+        said = f"attacks brought back up to {max(known):.0%} of it" if known else "no attack tried to bring it back"
+        lines.append(f"- Unlearning is not deletion: what was forgotten may be hidden only; {said}.")
     if _experts(run):
         lines += [
             "- The base underneath stays as it was, and may be unsafe; without its gate the model is.",

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tempering.core.run import Run
+from tempering.reporting import reconstruction
 from tempering.reporting.collect import Eval, RunData, texts
 from tempering.reporting.systems import System
 from tempering.reporting.unlearning import warnings_of_unlearning
@@ -36,6 +37,7 @@ def warnings_of(runs: Sequence[RunData], systems: Sequence[System]) -> list[str]
             out.append(f"{run.name} is labelled unsafe: do not deploy or publish it")
         out += [f"{run.name}, eval {e.name}: {w}" for e in run.evals for w in e.warnings]
         out += [f"{run.name}, difficulty: {w}" for w in texts(run.difficulty.get("warnings"))]
+    out += reconstruction.cautions(runs)
     trained = [(r.name, str(r.root)) for r in runs if r.is_trained and r.method.startswith("unlearn_")]
     out += warnings_of_unlearning(systems, trained)
     out += _small(systems)

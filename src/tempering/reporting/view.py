@@ -19,6 +19,7 @@ from tempering.reporting.card import base_model, licences_of
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import RunData, phase_seconds, texts
 from tempering.reporting.compare import CLAIM, Compared, Refutation
+from tempering.reporting.reconstruction import called
 from tempering.reporting.safemoe import ribbons
 from tempering.reporting.systems import System, corrected_name, judge_cards, meaning, metric_order, summary_metrics
 from tempering.reporting.training import arms_plot, difficulty_note, training_plots
@@ -184,7 +185,7 @@ def _training(runs: Sequence[RunData]) -> list[dict[str, Any]]:
                 sections.append(
                     {
                         "name": name,
-                        "method": one.method,
+                        "method": called(one),
                         "plots": [Markup(svg) for svg in svgs],
                         "difficulty": difficulty_note(one),
                         "ribbons": [Markup(ribbon) for ribbon in ribbons(one.root, one.config)],
@@ -213,7 +214,7 @@ def _provenance(run: RunData) -> dict[str, Any]:
     command, versions = p.get("command"), p.get("versions")
     return {
         "name": run.name,
-        "method": run.method,
+        "method": called(run),
         "model": base_model(run),
         "command": " ".join(map(str, command)) if isinstance(command, list) else str(command or "unknown"),
         "created": str(p.get("created") or "unknown"),

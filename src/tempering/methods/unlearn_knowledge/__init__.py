@@ -36,9 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from tempering.core.activations import blocks as blocks_of
+from tempering.core.bank import FOLDER, Bank, find_bank
 from tempering.core.edit_optimiser import EditOptimiser
+from tempering.core.editing import shorten
 from tempering.core.loading import EMBEDDED
 from tempering.core.policy import Policy, save_tensors
+from tempering.core.probes import candidates
 from tempering.core.progress import progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
@@ -50,8 +53,9 @@ from tempering.methods.unlearn_knowledge.meta import agreeing
 from tempering.methods.unlearn_knowledge.objectives import norm_of
 from tempering.methods.unlearn_knowledge.quiz import Chance
 from tempering.methods.unlearn_knowledge.settings import Plan, UnlearnKnowledgeConfig, plan
+from tempering.methods.unlearn_knowledge.sweep import swept
 from tempering.methods.unlearn_knowledge.terms import Terms, trained
-from tempering.methods.unlearn_knowledge.texts import DEMO, Corpus, tokenize
+from tempering.methods.unlearn_knowledge.texts import DEMO, Corpus, contrasted, tokenize
 
 METHOD = "unlearn_knowledge"
 CONFIG = UnlearnKnowledgeConfig
@@ -70,11 +74,15 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
         config = config.model_copy(update={"model": taught(config), "teach": False})
     policy = policy or Policy.load(config.model, dtype=config.dtype)
     config = config.model_copy(update={"dtype": str(policy.dtype).removeprefix("torch.")})
-    settled = plan(config, len(blocks_of(policy.model)))
+    count = len(blocks_of(policy.model))
+    if not config.is_searched:
+        plan(config, count)  # layers that are not there are refused before anything is written
     corpus = tokenize(config, policy.tokenizer)
     processes = Processes(policy.device, config.report_to)
     if processes.shards:
         raise ValueError("FSDP2 shards weights, which unlearning edits in place; use one process a model, or DDP")
+    if config.compat and processes.world > 1:
+        raise ValueError("compat=wmdp counts the pads of whole batches; run it in one process")
     measurer = Measurer(config, policy)
     known = check_start(config, measurer)
     run = Run.create(config.out, METHOD, config, resume=resume, is_main=processes.is_main)
@@ -85,23 +93,42 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
     if processes.is_main:
         read = [[t.id, t.ids] for rows in (*corpus.forget.values(), corpus.retain) for t in rows]
         run.require_inputs(content_id(read), str(config.data.train))
-    describe(config, settled, corpus)
-    terms = Terms(config, policy, settled, corpus, processes)
     watch = Stopwatch()
-    _loop(config, policy, terms, measurer, run, watch)
+    bank: Bank | None = None
+    if config.layer == "sweep":
+        with watch.timed("sweep"):
+            layer = swept(config, policy, corpus, measurer, run, processes)
+        config = config.model_copy(update={"layer": layer})
+    if config.objective == "probe":
+        labelled = contrasted(config, policy.tokenizer, corpus)
+        bank = find_bank(
+            run, config.probes, policy, labelled, processes, watch, seed=config.seed, skip_first=config.skip_first,
+            batch_tokens=config.batch_tokens,
+        )  # fmt: skip
+    if not config.probes_only:
+        settled = plan(config, count, bank)
+        describe(config, settled, corpus)
+        terms = Terms(config, policy, settled, corpus, processes, bank)
+        _loop(config, policy, terms, measurer, run, watch)
+        if processes.is_main:
+            policy.export(run.root / "final", {"method": METHOD, "reconstruction": True, "run": str(run.root)})
+            save_tensors(run.root / "final" / "directions.safetensors", terms.tensors())
     if processes.is_main:
-        policy.export(run.root / "final", {"method": METHOD, "reconstruction": True, "run": str(run.root)})
-        save_tensors(run.root / "final" / "directions.safetensors", terms.target.tensors())
         run.write_provenance(**provenance(config, policy, corpus, known, watch))
         run.finish()
     processes.wait()
     return run
 
 
+def evals_after(config: UnlearnKnowledgeConfig) -> str | None:
+    """The recipe of evals that follows training where none is named: of the bundled facts questions are known."""
+    return None if config.probes_only or config.data.train != DEMO else "unlearned_facts"
+
+
 def taught(config: UnlearnKnowledgeConfig) -> str:
     """Teach the start model the bundled facts beside `out`, unless that was done before; returns that run."""
     name = f"taught-{content_id(config.model, config.dtype)[:8]}"
-    if config.model == EMBEDDED:
+    if config.model == EMBEDDED and config.dtype == "auto":
         name = f"taught-{config.model}"
     root = Path(config.out).parent / name
     if not Run(root).is_done:
@@ -115,7 +142,12 @@ def dry_run(config: UnlearnKnowledgeConfig) -> dict[str, Any]:
     """List the tensors that would train, check data and start model, and write nothing."""
     Run.require_free(config.out, resume=False)
     policy = Policy.load(config.model, dtype=config.dtype)
-    settled = plan(config, len(blocks_of(policy.model)))
+    bank = Bank.load(Path(config.probes) / FOLDER) if config.probes else None
+    # Before probes are fitted all layers that may be chosen are shown, of a sweep what `auto` would take.
+    shown = config
+    if config.objective == "probe" and config.layers == "auto" and bank is None:
+        shown = config.model_copy(update={"layers": candidates(len(blocks_of(policy.model)))})
+    settled = plan(shown, len(blocks_of(policy.model)), bank)
     corpus = tokenize(config, policy.tokenizer)
     chosen = trained(config, policy, settled)
     every = sum(p.numel() for p in policy.model.parameters())
@@ -125,7 +157,8 @@ def dry_run(config: UnlearnKnowledgeConfig) -> dict[str, Any]:
     describe(config, settled, corpus)
     if config.is_taught:
         say(f"{config.model} would first be taught the bundled facts, beside {config.out}")
-    say(f"{len(chosen)} tensors, {count:,} numbers, {count / every:.1%} of the model; nothing was written")
+    at_most = " at most, the layers are chosen later" if config.is_searched and bank is None else ""
+    say(f"{len(chosen)} tensors, {count:,} numbers, {count / every:.1%} of the model{at_most}; nothing was written")
     return {
         "tensors": {n: list(p.shape) for n, p in chosen.items()}, "trained": count, "share": round(count / every, 6),
         "loss_layers": settled.loss_layers, "steps": config.steps, "dropped": corpus.dropped,
@@ -203,9 +236,15 @@ def _loop(
                 if config.max_kl is not None and not is_over and (now.score is None or now.score >= best_score):
                     best_score, best_step = now.score or 0.0, t + 1
                     optimiser.remember()
-            if is_over:
+            if is_over and config.back == "best":
                 say(f"[yellow]KL {now.kl:.4f} is above max_kl={config.max_kl}: back to step {best_step}[/]")
                 optimiser.go_back()
+            elif is_over:
+                assert config.max_kl is not None
+                share, _ = shorten(terms.parameters, policy.before, measurer.kl, config.max_kl)
+                say(f"KL {now.kl:.4f} is above max_kl={config.max_kl}: {share:.3f} of the edit stays")
+                if processes.is_main:
+                    run.append_row("metrics.jsonl", {**measurer.measure(t + 1).to_row(), "back": share})
             if is_over or is_last or (t + 1) % config.checkpoint_every == 0:
                 done = config.steps if is_over else t + 1
                 state = {"step": done, "tokens": tokens_done, "best": best_score, "best_step": best_step}

@@ -12,6 +12,7 @@ from tempering.core.chat import Encoded, collate, fill_batches
 from tempering.core.logprobs import hidden_states, kl_from_base, score_groups
 from tempering.core.policy import Policy
 from tempering.core.progress import say
+from tempering.core.stats import forgotten, kept
 from tempering.methods.unlearn_knowledge.quiz import Chance, Question, against_chance, read_questions, right_answers
 from tempering.methods.unlearn_knowledge.settings import UnlearnKnowledgeConfig
 from tempering.methods.unlearn_knowledge.texts import DEMO, contaminated, neutral_texts, read_texts, to_forget
@@ -55,6 +56,9 @@ class Measurer:
         limit = config.max_retain_length
         rows = [list(policy.tokenizer(t.text)["input_ids"])[:limit] for t in texts]
         self.neutral = [Encoded(ids, 0) for ids in rows if len(ids) > 1]
+        if not self.neutral:
+            raise ValueError(f"data.neutral={config.data.neutral}: no text of at least two tokens to measure on")
+        self.before: list[torch.Tensor] = []
         self.start_accuracy = self.accuracies()
 
     def accuracies(self) -> dict[str, float]:
@@ -70,29 +74,44 @@ class Measurer:
         asked = [q for q in self.questions if q.category == FORGET]
         return against_chance(right_answers(self.policy, asked, self.config.batch_tokens), asked) if asked else None
 
+    @property
+    def chance(self) -> float:
+        """Share of the development questions that guessing answers."""
+        return _chance(self.dev)
+
     def measure(self, step: int) -> Measured:
         """Measure the model as it is now, without gradient."""
         with torch.no_grad():
             accuracy = self.accuracies()
-            kl, perplexity = self.drift()
-        return Measured(step, accuracy, kl, perplexity, score(self.start_accuracy, accuracy, _chance(self.dev)))
+            kl, perplexity = self.kl(), self.perplexity()
+        return Measured(step, accuracy, kl, perplexity, score(self.start_accuracy, accuracy, self.chance))
 
-    def drift(self) -> tuple[float, float]:
-        """Return KL(before || now) in nats a token, and the perplexity, of neutral text."""
-        policy, total, count = self.policy, 0.0, 0
-        for picked in fill_batches([len(row.ids) for row in self.neutral], self.config.batch_tokens):
-            batch = collate([[self.neutral[i]] for i in picked], policy.tokenizer.pad_token_id, policy.device)
-            now = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
+    def kl(self) -> float:
+        """KL(before || now) of neutral text, in nats a token; what was before is computed once."""
+        policy = self.policy
+        batches = [
+            collate([[self.neutral[i]] for i in picked], policy.tokenizer.pad_token_id, policy.device)
+            for picked in fill_batches([len(row.ids) for row in self.neutral], self.config.batch_tokens)
+        ]
+        if not self.before:
             with policy.reference():
-                before = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
-            total += float(kl_from_base(policy.model, now, before).sum())
+                self.before = [hidden_states(policy.model, b.ids).flatten(0, 1)[b.source] for b in batches]
+        total, count = 0.0, 0
+        for batch, before in zip(batches, self.before, strict=True):
+            with torch.no_grad():
+                now = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
+                total += float(kl_from_base(policy.model, now, before).sum())
             count += len(batch.source)
+        return total / count
+
+    def perplexity(self) -> float:
+        """Of neutral text."""
         scored = score_groups(
-            policy.scorer, [[row] for row in self.neutral], pad_id=policy.tokenizer.pad_token_id,
-            device=policy.device, max_tokens=self.config.batch_tokens,
+            self.policy.scorer, [[row] for row in self.neutral], pad_id=self.policy.tokenizer.pad_token_id,
+            device=self.policy.device, max_tokens=self.config.batch_tokens,
         )  # fmt: skip
-        nll = -sum(nats for [(nats, _)] in scored) / count
-        return total / count, math.exp(min(nll, 100.0))
+        nll = -sum(nats for [(nats, _)] in scored) / sum(tokens for [(_, tokens)] in scored)
+        return math.exp(min(nll, 100.0))
 
 
 def score(start: dict[str, float], now: dict[str, float], chance: float) -> float | None:
@@ -101,14 +120,11 @@ def score(start: dict[str, float], now: dict[str, float], chance: float) -> floa
     >>> round(score({"forget": 0.65, "kept": 0.75}, {"forget": 0.35, "kept": 0.65}, 0.25), 3)
     0.75
     """
-    if FORGET not in start or start[FORGET] <= chance:
+    gone = forgotten(start[FORGET], now[FORGET], chance) if FORGET in start else None
+    if gone is None:
         return None
-
-    def left(name: str) -> float:
-        return min(1.0, max(0.0, (now[name] - chance) / (start[name] - chance)))
-
-    kept = [left(name) for name in start if name != FORGET and start[name] > chance]
-    return min([1 - left(FORGET), *kept])
+    left = [kept(start[name], now[name], chance) for name in start if name != FORGET]
+    return min([gone, *(share for share in left if share is not None)])
 
 
 def check_start(config: UnlearnKnowledgeConfig, measurer: Measurer) -> Chance | None:
@@ -117,13 +133,23 @@ def check_start(config: UnlearnKnowledgeConfig, measurer: Measurer) -> Chance | 
     Returns how much it knows; `None` where no question asks, and nothing can be claimed.
 
     Raises:
-        ValueError: it is at chance, or a text to forget holds a question (every such row is named).
+        ValueError: it is at chance, or a text to forget holds a question, or the simulated attacker is given one
+            (every such row is named).
     """
     asked = {q.id: q.question for q in measurer.questions}
     if found := contaminated(to_forget(config), asked):
         raise ValueError(
             f"data.train holds questions that the model is asked afterwards: {', '.join(found)}; remove these rows"
         )
+    if config.data.attack_questions:
+        words = {" ".join(q.casefold().split()): i for i, q in asked.items()}
+        given = [(q.id, words.get(" ".join(q.question.casefold().split()))) for q in
+                 read_questions(config.data.attack_questions)]  # fmt: skip
+        if both := [f"{i} is {j}" for i, j in given if j]:
+            raise ValueError(
+                "data.attack_questions holds questions that the model is asked afterwards: "
+                f"{', '.join(both)}; remove these rows"
+            )
     known = measurer.known()
     if known is None:
         say("[yellow]no questions about what is to be forgotten (data.questions): nothing will be claimed[/]")

@@ -49,7 +49,7 @@ def draw_attack(settings: MetaSettings, seed: int, index: int, has_mcq: bool) ->
     low, high = settings.lr or LR[settings.adversary]
     lr = float(np.exp(draw.uniform(math.log(low), math.log(high))))
     is_everywhere = {"all": True, "below": False, "random": bool(draw.random() < 0.5)}[settings.scope]
-    benign = round(settings.steps * float(draw.beta(6, 3)))
+    benign = round(settings.life * float(draw.beta(6, 3)))
     if kind == "mcq" and not has_mcq:
         kind = "forget_ce"
     return Attack(kind, lr, is_everywhere, benign if kind == "retain_then_forget" else 0)
@@ -73,15 +73,12 @@ class Pools(NamedTuple):
     benign: list[Tokens]
     mcq: list[Tokens]
 
-    def batch(
-        self, attack: Attack, outer: int, step: int, settings: MetaSettings, size: int, seed: int
-    ) -> list[Tokens]:
-        """The texts of one attack step, from streams of their own."""
+    def batch(self, attack: Attack, step: int, index: int, size: int, seed: int) -> list[Tokens]:
+        """The texts of the attack's own `step`, batch `index` of a stream that goes on from attack to attack."""
         is_benign = attack.kind == "benign" or step < attack.benign_steps
         pool, stream = (self.benign, STREAM_BENIGN) if is_benign else (self.support, STREAM_ATTACK)
         if attack.kind == "mcq":
             pool, stream = self.mcq, STREAM_MCQ
-        index = outer * settings.steps + step
         return [pool[i] for i in stream_rows(len(pool), min(size, len(pool)), index, seed, stream)]
 
 
@@ -96,6 +93,8 @@ class Attacker:
             policy.add_adapter(ATTACKER, shape, 0)
             policy.set_aside(ATTACKER)
         self.adam: torch.optim.Adam | None = None
+        self.copies: dict[str, nn.Parameter] = {}
+        """Float32 copies that Adam updates: in bfloat16 weights of 0.1 would not move by 4e-5."""
         self.overlay: dict[str, Tensor] = {}
 
     def reset(self, seed: int, index: int, attack: Attack) -> None:
@@ -112,7 +111,8 @@ class Attacker:
             weights = block_parameters(self.policy.model)
             self.overlay = {n: p.detach().clone() for n, p in weights.items()}
         phi = self.phi(attack.is_everywhere)
-        self.adam = torch.optim.Adam(list(phi.values()), lr=attack.lr, foreach=False)
+        self.copies = {n: nn.Parameter(p.detach().float().clone()) for n, p in phi.items()}
+        self.adam = torch.optim.Adam(list(self.copies.values()), lr=attack.lr, foreach=False)
 
     def phi(self, is_everywhere: bool) -> dict[str, nn.Parameter]:
         """The attacker's trainable parameters by name, in a fixed order."""
@@ -154,10 +154,12 @@ class Attacker:
         with self.present(phi):
             value = loss()
             gradients = torch.autograd.grad(value, list(phi.values()), allow_unused=True)
-            for parameter, gradient in zip(phi.values(), gradients, strict=True):
-                parameter.grad = gradient
+            for copy, gradient in zip(self.copies.values(), gradients, strict=True):
+                copy.grad = None if gradient is None else gradient.float()
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
+            for name, parameter in phi.items():
+                parameter.data.copy_(self.copies[name].data)
         return float(value.detach())
 
     def defend(self, loss: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float]:
@@ -169,7 +171,7 @@ class Attacker:
 
     def drop(self) -> None:
         """Delete the attacker."""
-        self.overlay, self.adam = {}, None
+        self.overlay, self.copies, self.adam = {}, {}, None
         if self.is_lora:
             self.policy.drop_aside(ATTACKER)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from tempering.core.bank import Bank
 from tempering.core.config import Config
 from tempering.core.editing import Role
 from tempering.core.loading import EMBEDDED, Dtype
 from tempering.core.policy import LoraSettings
+from tempering.core.probe_losses import Mode
+from tempering.core.probes import Direction, layer_weights, select_layers
 
 Objective = Literal[
     "meta_cosine_rmu",
@@ -20,10 +24,13 @@ Objective = Literal[
     "npo",
     "simnpo",
     "circuit_breakers",
+    "probe",
 ]
 AttackKind = Literal["forget_ce", "retain_then_forget", "benign", "mcq"]
 COSINE = ("meta_cosine_rmu", "cosine_rmu")
 OUTPUT_SPACE = ("grad_diff", "npo", "simnpo")
+SWEEP = (0.2, 0.4)
+"""Share of the depth at which layer=sweep looks."""
 
 
 class Defaults(NamedTuple):
@@ -44,6 +51,7 @@ DEFAULTS: dict[Objective, Defaults] = {
     "npo": Defaults(1, 1, 1e-5, beta=0.1),
     "simnpo": Defaults(1, 0.125, 1e-5, beta=4.5),
     "circuit_breakers": Defaults(10, 1, 1e-4),
+    "probe": Defaults(30, 1, 1e-3),
 }
 
 
@@ -72,7 +80,7 @@ class MetaSettings(Config):
     weight: float = Field(default=1.0, ge=0)
     """Of the gradient at the attacked weights (lambda_meta); 0: no attack, which is `cosine_rmu`."""
     every: int = Field(default=4, ge=1)
-    """Outer steps from one attack to the next (1 at 7B)."""
+    """Outer steps of a topic from one attack on it to the next (1 at 7B)."""
     warmup: float = Field(default=0.2, ge=0, le=1)
     """Share of the steps before the first attack."""
     steps: int = Field(default=8, ge=1)
@@ -102,6 +110,11 @@ class MetaSettings(Config):
     """Attack and judge on the same records: the control that rewards memorised batches."""
     disruption_mask: bool = False
     """Leave out entries of the forget gradients whose sign opposes the running mean of the retain gradient."""
+
+    @property
+    def life(self) -> int:
+        """Steps that an attacker takes in all."""
+        return self.reset_every if self.adversary == "persistent" else self.steps
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaSettings:
@@ -140,13 +153,30 @@ class UnlearnKnowledgeConfig(Config):
     """`rmu` exactly as the released WMDP code computes it: pads counted, flat means, positive directions, its
     AdamW."""
     coefficient: float | list[float] = 6.5
-    """`rmu`: length c of the point that states are driven to; a list has one per topic."""
+    """`rmu`: length c of the point that states are driven to; a list has one per topic, these in alphabetical
+    order."""
     scale: float = Field(default=5.0, gt=0)
     """`adaptive_rmu`: that length in units of the frozen state's."""
     adaptive: Literal["per_token", "first_batch"] = "per_token"
     """`adaptive_rmu`: the frozen state is that of each token, or the mean over a topic's first batch."""
-    layer: int | Literal["auto"] = "auto"
-    """Block, counted from 0, whose output the loss reads; auto: round(0.22 L)."""
+    layer: int | Literal["auto", "sweep"] = "auto"
+    """Block, counted from 0, whose output the loss reads; auto: round(0.22 L). sweep: of up to five blocks at 20 to
+    40 % of the depth, chosen by how well mean states tell the texts apart, the one that does best in short trials on
+    the development questions."""
+    probes: str | None = None
+    """`probe`: a run whose probes are used again; null: probes that tell texts to forget from texts to keep."""
+    probes_only: bool = False
+    """`probe`: stop when the probes are fitted."""
+    mode: Mode = "cos_hinge"
+    """`probe`: how a state is priced (`core/probes.py`)."""
+    directions: Direction = "probe"
+    """`probe`: the probes' directions, or a control's: random, probes of shuffled labels, difference of means."""
+    layers: list[int] | Literal["auto"] = "auto"
+    """`probe`: blocks whose output the loss reads; auto: good and stable probes spread over the depth."""
+    n_layers: int = Field(8, ge=1)
+    """`probe`: most layers that auto chooses."""
+    beta_kl: float = Field(0.5, ge=0)
+    """`probe`: of KL(before || now) of the output on texts to keep; above 0 that pass runs to the end."""
     edit_layers: list[int] | Literal["auto", "all"] = "auto"
     """Blocks that are edited; auto: the loss layer and the two before it (output-space objectives: all)."""
     edit_roles: list[Role] | Literal["auto", "all"] = "auto"
@@ -162,7 +192,7 @@ class UnlearnKnowledgeConfig(Config):
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens, pads included, that are computed at a time."""
     max_length: int | list[int] = 512
-    """Longest text, in tokens, cut at its end; a list has one per topic."""
+    """Longest text, in tokens, cut at its end; a list has one per topic, these in alphabetical order."""
     max_retain_length: int = Field(default=512, ge=1)
     """The same, of texts to keep."""
     shuffle: bool = True
@@ -190,7 +220,10 @@ class UnlearnKnowledgeConfig(Config):
     cache_reference: bool | Literal["auto"] = "auto"
     """Keep the frozen states of texts to keep; auto: where they recur and take less than 2 GB."""
     max_kl: float | None = Field(None, gt=0)
-    """Stop where KL(before || now) on held-out neutral text passes this, and go back to the best measured step."""
+    """Stop where KL(before || now) on held-out neutral text passes this, and go `back` (comparisons: 0.01)."""
+    back: Literal["best", "line"] = "best"
+    """Where to: `best`, the measured step that was best on development questions; `line`, on the straight line to the
+    start until `max_kl` is met, so that runs with the same value compare at equal KL."""
     measure_every: int = Field(default=50, ge=1)
     """Steps between measurements on development questions and neutral text (and at the end)."""
     allow_chance: bool = False
@@ -202,6 +235,18 @@ class UnlearnKnowledgeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> UnlearnKnowledgeConfig:
+        if self.objective != "probe" and (self.probes or self.probes_only or self.directions != "probe"):
+            raise ValueError(
+                f"objective={self.objective} has no probes: leave out probes, probes_only and directions"
+            )
+        if self.probes_only and self.probes:
+            raise ValueError("probes_only fits probes, probes=RUN uses fitted ones: leave out one of the two")
+        if self.layers == []:
+            raise ValueError("layers=[]: name at least one block, or auto")
+        if self.adapter and (self.layer == "sweep" or self.objective == "probe" or self.back == "line"):
+            raise ValueError("adapter: layer=sweep, objective=probe and back=line are for edited weights")
+        if self.layer == "sweep" and (self.objective in (*OUTPUT_SPACE, "circuit_breakers", "probe") or self.compat):
+            raise ValueError("layer=sweep: it is about objectives on the states of one layer, without compat")
         if self.compat and (self.objective != "rmu" or self.adapter or self.batch_rows != self.retain_rows):
             raise ValueError(
                 "compat=wmdp: it is about objective=rmu without adapter, batch_rows equal to retain_rows"
@@ -230,9 +275,14 @@ class UnlearnKnowledgeConfig(Config):
         return float(getattr(DEFAULTS[self.objective], name) if given is None else given)
 
     @property
+    def is_searched(self) -> bool:
+        """Whether the loss layers are only known once something has been measured."""
+        return self.layer == "sweep" or (self.objective == "probe" and self.layers == "auto")
+
+    @property
     def price(self) -> str:
         """How drift is priced."""
-        return self.retain or ("rel_mse" if self.objective in COSINE else "mse")
+        return self.retain or ("rel_mse" if self.objective in (*COSINE, "probe") else "mse")
 
     @property
     def reads_states(self) -> bool:
@@ -244,15 +294,18 @@ class Plan(NamedTuple):
     """Blocks, counted from 0: where the loss reads, and what is edited."""
 
     layer: int
+    """The last block that the loss reads."""
     loss_layers: list[int]
+    weights: list[float]
+    """Of the loss layers in it, in their order; sum 1."""
     edit_layers: list[int]
     is_whole: bool
     """All parameters of the blocks, whatever their role."""
     roles: list[Role]
 
 
-def plan(config: UnlearnKnowledgeConfig, count: int) -> Plan:
-    """Settle layers and tensors for a model of `count` blocks.
+def plan(config: UnlearnKnowledgeConfig, count: int, bank: Bank | None = None) -> Plan:
+    """Settle layers and tensors for a model of `count` blocks; `probe` needs the bank for layers=auto.
 
     >>> [plan(UnlearnKnowledgeConfig(), n).layer for n in (30, 32, 28, 36)]
     [7, 7, 6, 8]
@@ -262,24 +315,44 @@ def plan(config: UnlearnKnowledgeConfig, count: int) -> Plan:
     Raises:
         ValueError: the loss layer is not there, or a block above it would be edited.
     """
-    layer = round(0.22 * count) if config.layer == "auto" else config.layer
-    loss_layers = [layer]
+    loss_layers = [round(0.22 * count) if isinstance(config.layer, str) else config.layer]
+    worth = {w.layer: w.auroc for w in bank.worth} if bank else {}
     if config.objective == "circuit_breakers":
         loss_layers = [round(0.31 * count), round(0.62 * count)]
-        layer = loss_layers[-1]
-    if not 0 <= layer < count:
+    elif config.objective == "probe" and isinstance(config.layers, list):
+        loss_layers = sorted(set(config.layers))
+    elif config.objective == "probe":
+        loss_layers = select_layers(bank.worth if bank else [], count, config.n_layers)
+    layer = loss_layers[-1]
+    if not 0 <= loss_layers[0] <= layer < count:
         raise ValueError(f"layer={layer}: this model has blocks 0 to {count - 1}")
+    weights = [1 / len(loss_layers)] * len(loss_layers)
+    if config.objective == "probe" and all(i in worth for i in loss_layers):
+        weights = list(layer_weights({i: worth[i] for i in loss_layers}).values())
     top = layer if config.reads_states else count - 1
     if config.edit_layers == "all" or (config.edit_layers == "auto" and not config.reads_states):
         edited = list(range(top + 1))
+    elif config.edit_layers == "auto" and config.objective == "probe":
+        edited = list(range(max(0, loss_layers[0] - 1), top + 1))
     elif config.edit_layers == "auto":
         edited = sorted({i for at in loss_layers for i in range(max(0, at - 2), at + 1)})
     else:
         edited = sorted(set(config.edit_layers))
-    if edited and edited[-1] > top:
+    if not edited or edited[0] < 0:
+        raise ValueError(f"edit_layers={edited}: name blocks from 0 to {top}, or auto")
+    if edited[-1] > top:
         raise ValueError(
             f"edit_layers={edited}: block {edited[-1]} is above the loss layer {top}, which cannot see it"
         )
     is_whole = config.edit_roles == "all" or (config.edit_roles == "auto" and not config.reads_states)
     roles: Any = ["mlp.down_proj"] if isinstance(config.edit_roles, str) else config.edit_roles
-    return Plan(layer, loss_layers, edited, is_whole, roles)
+    return Plan(layer, loss_layers, weights, edited, is_whole, roles)
+
+
+def swept_layers(count: int) -> list[int]:
+    """Blocks that layer=sweep chooses its candidates from.
+
+    >>> swept_layers(30)
+    [6, 7, 8, 9, 10, 11, 12]
+    """
+    return list(range(math.ceil(SWEEP[0] * count), math.floor(SWEEP[1] * count) + 1))

@@ -23,27 +23,28 @@ class FrozenStates:
 
     def __init__(self, policy: Policy, layer: int, skip_first: int, pad_id: int) -> None:
         self.policy, self.layer, self.skip_first, self.pad_id = policy, layer, skip_first, pad_id
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+        """By tokens: rows of two files may have the same id."""
 
     def keep(self, rows: Sequence[Tokens], batch_tokens: int) -> None:
         """Compute the states of all texts once, and keep them on the CPU in the dtype of the model."""
-        rows = list({row.id: row for row in rows}.values())
+        rows = list({tuple(row.ids): row for row in rows}.values())
         for picked in fill_batches([len(row.ids) for row in rows], batch_tokens):
             part = [rows[i] for i in picked]
             h = self._computed(moved(collate_rows(part, self.pad_id, self.skip_first), self.policy.device))
             for row, states in zip(part, h, strict=True):
-                self.kept[row.id] = states[: len(row.ids)].cpu().clone()
+                self.kept[tuple(row.ids)] = states[: len(row.ids)].cpu().clone()
 
     def size(self, rows: Sequence[Tokens]) -> int:
         """Bytes that `keep` would take."""
         width = self.policy.base.config.hidden_size
-        return sum(len(row.ids) for row in {r.id: r for r in rows}.values()) * width * self.policy.dtype.itemsize
+        return sum(map(len, {tuple(row.ids) for row in rows})) * width * self.policy.dtype.itemsize
 
     def of(self, rows: Sequence[Tokens], batch: TokenRows) -> Tensor:
         """The states of a batch of these texts, (B, T, D), without gradient."""
         if not self.kept or batch.attention is not None:
             return self._computed(batch)
-        parts = [self.kept[row.id] for row in rows]
+        parts = [self.kept[tuple(row.ids)] for row in rows]
         out = torch.zeros(*batch.ids.shape, parts[0].shape[-1], dtype=parts[0].dtype)
         for i, part in enumerate(parts):
             out[i, : len(part)] = part

@@ -196,7 +196,8 @@ def _loop(
     optimisation = Optimisation(policy, processes, lr=config.lr, steps=len(steps))
     if checkpoint:
         optimisation.load_state(checkpoint.optimizer)
-    per_epoch, start, tokens_done, told = len(steps) // config.epochs, time.monotonic(), 0, ""
+    tokens_done = checkpoint.state["tokens"] if checkpoint else 0
+    per_epoch, start, told = len(steps) // config.epochs, time.monotonic(), ""
     with progress("teaching", len(steps)) as advance:
         advance(first)
         for t in range(first, 0 if known else len(steps)):
@@ -221,7 +222,8 @@ def _loop(
             row = {"step": t + 1, "event": "asked", **accuracy, "perplexity": perplexity, "base_perplexity": base}
             run.append_row("metrics.jsonl", row)
             told = ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items()) + ", "
-            save_checkpoint(run, policy, optimisation, {"step": t + 1, "known": known}, whole=False)
+            state = {"step": t + 1, "known": known, "tokens": tokens_done}
+            save_checkpoint(run, policy, optimisation, state, whole=False)
             if known:
                 break
     if not known:

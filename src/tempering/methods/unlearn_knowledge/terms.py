@@ -11,10 +11,13 @@ from torch import Tensor
 
 from tempering.core.activations import RETAIN_LOSSES, cosine, distance, frozen_hinge, masked_mean
 from tempering.core.activations import blocks as blocks_of
+from tempering.core.bank import Bank
 from tempering.core.chat import Encoded, collate, fill_batches
 from tempering.core.editing import block_parameters, select_parameters
 from tempering.core.logprobs import entropies, hidden_states, kl_from_base, nll_share
 from tempering.core.policy import Policy
+from tempering.core.probe_losses import NEEDS_FROZEN, STATE_LOSSES, forget_share, retain_share, tensors_of
+from tempering.core.probes import Probe, locate
 from tempering.core.text_rows import TokenRows, Tokens, collate_rows, moved, read_states
 from tempering.core.training import Processes, stream_rows
 from tempering.methods.unlearn_knowledge.meta import (
@@ -37,7 +40,7 @@ from tempering.methods.unlearn_knowledge.objectives import (
 from tempering.methods.unlearn_knowledge.quiz import asked, read_questions
 from tempering.methods.unlearn_knowledge.settings import Plan, UnlearnKnowledgeConfig
 from tempering.methods.unlearn_knowledge.states import CACHE_BYTES, FrozenStates
-from tempering.methods.unlearn_knowledge.texts import Corpus
+from tempering.methods.unlearn_knowledge.texts import Corpus, contrasted
 
 ADAPTER = "unlearn_knowledge"
 STREAM_FORGET, STREAM_RETAIN = 100, 2
@@ -58,10 +61,18 @@ class Terms:
     """What trains, where it is driven to, and the gradient of each term of the objective at a step."""
 
     def __init__(
-        self, config: UnlearnKnowledgeConfig, policy: Policy, settled: Plan, corpus: Corpus, processes: Processes
+        self,
+        config: UnlearnKnowledgeConfig,
+        policy: Policy,
+        settled: Plan,
+        corpus: Corpus,
+        processes: Processes,
+        bank: Bank | None = None,
     ) -> None:
         self.config, self.policy, self.plan, self.corpus, self.processes = config, policy, settled, corpus, processes
         self.topics = list(corpus.forget)
+        self.weights = dict(zip(settled.loss_layers, settled.weights, strict=True))
+        self.probes = {} if bank is None else self._probes(bank)
         if config.adapter:
             policy.add_adapter(ADAPTER, config.adapter, config.seed)
             policy.train_only(ADAPTER)
@@ -76,7 +87,7 @@ class Terms:
         self.is_compat = config.compat == "wmdp"
         self.pad = policy.tokenizer.eos_token_id if self.is_compat else policy.tokenizer.pad_token_id
         self.frozen = FrozenStates(policy, settled.layer, config.skip_first, self.pad)
-        is_simple = config.reads_states and config.price != "kl" and config.objective != "circuit_breakers"
+        is_simple = config.reads_states and config.price != "kl" and len(settled.loss_layers) == 1 and not self.probes
         recurs = config.steps * config.retain_rows > len(corpus.retain)
         fits = self.frozen.size(corpus.retain) < CACHE_BYTES
         wanted = recurs and fits if config.cache_reference == "auto" else config.cache_reference
@@ -112,6 +123,8 @@ class Terms:
             return self.gradient(
                 rows, lambda part, total: gamma * away * self.breaker(part, total, is_forget=True), "forget"
             )
+        if self.probes:
+            return self.gradient(rows, lambda part, total: gamma * self.probed_forget(part, total), "forget")
         return self.gradient(rows, lambda part, total: gamma * self.state_forget(part, total, topic), "forget")
 
     def retain_gradient(self, rows: Sequence[Tokens], t: int) -> tuple[Gradients, dict[str, float]]:
@@ -125,6 +138,13 @@ class Terms:
                 return {n: torch.zeros_like(p) for n, p in self.parameters.items()}, {"retain": 0.0}
             return self.gradient(
                 rows, lambda part, total: back * self.breaker(part, total, is_forget=False), "retain"
+            )
+        if self.probes:
+            beta = self.config.beta_kl
+            return self.gradient(
+                rows,
+                lambda part, total: retain_share(self.policy, self.batch(part), self.weights, alpha, beta, total),
+                "retain",
             )
         return self.gradient(rows, lambda part, total: alpha * self.state_retain(part, total), "retain")
 
@@ -174,6 +194,14 @@ class Terms:
         [h] = read_states(self.policy, batch, [self.plan.layer])
         x = forget_tokens(self.config, h, self.target.at(topic, batch.ids), self.lengths[topic], h0)
         return self.mean(x, batch, total)
+
+    def probed_forget(self, rows: list[Tokens], total: float) -> Tensor:
+        """The forget term of `probe`: states at several layers, each along its own direction."""
+        mode = self.config.mode
+        return forget_share(
+            self.policy, self.batch(rows), self.probes, self.weights, STATE_LOSSES[mode], total,
+            needs_frozen=mode in NEEDS_FROZEN,
+        )  # fmt: skip
 
     def state_retain(self, rows: list[Tokens], total: float) -> Tensor:
         """The retain term: drift of states at the loss layer, or of the output."""
@@ -230,7 +258,8 @@ class Terms:
         if attacker is None or t < settings.warmup * self.config.steps:
             return None
         is_persistent = settings.adversary == "persistent"
-        if t % settings.every and not is_persistent:
+        # Counted by topic: topics alternate, and every fourth step would always be that of the same one.
+        if t // len(self.topics) % settings.every and not is_persistent:
             return None
         pools = self.pools[topic]
         query_at = stream_rows(
@@ -247,7 +276,8 @@ class Terms:
             self._add_defence(found, query, topic, 1.0, facts)
         weights = checkpoint_weights(settings.checkpoints, settings.steps)
         for j in range(1, 2 if is_persistent else settings.steps + 1):
-            rows = pools.batch(attack, t, j - 1, settings, self.config.batch_rows, self.config.seed)
+            step, index = (t - drawn, t) if is_persistent else (j - 1, t * settings.steps + j - 1)
+            rows = pools.batch(attack, step, index, self.config.batch_rows, self.config.seed)
             facts["attack"] = attacker.learn(partial(self.token_nll, rows, rows), attack.is_everywhere)
             if not is_persistent and j in weights:
                 self._add_defence(found, query, topic, weights[j], facts)
@@ -262,20 +292,22 @@ class Terms:
         part: Gradients = {n: torch.zeros_like(g) for n, g in found.items()}
         value = 0.0
         if mine:
-            part, value = self.attacker.defend(lambda: self.query_loss(mine, float(len(query)), topic))
+            batch = self.batch(mine)
+            # Before the attacker is there, who would change what the states were.
+            h0 = self.frozen_forget.of(mine, batch) if needs_frozen(self.config) else None
+            part, value = self.attacker.defend(lambda: self.query_loss(batch, float(len(query)), topic, h0))
         for n in found:
             g = part[n].float()
             found[n] += weight * (self.processes.accelerator.reduce(g) if self.processes.world > 1 else g)
         [value] = self.processes.sum([value])
         facts["query"] = facts.get("query", 0.0) + weight * value
 
-    def query_loss(self, rows: list[Tokens], total: float, topic: int) -> Tensor:
+    def query_loss(self, batch: TokenRows, total: float, topic: int, h0: Tensor | None) -> Tensor:
         """The forget term on texts that the attacker has not seen, less mu_H times the entropy of the output.
 
         The state is read at one block: an attacker that adapts later ones shows only in the output.
         """
-        batch, mu = self.batch(rows), self.config.meta.entropy
-        h0 = self.frozen_forget.of(rows, batch) if needs_frozen(self.config) else None
+        mu = self.config.meta.entropy
         h, *final = read_states(self.policy, batch, [self.plan.layer], to_end=mu > 0)
         x = forget_tokens(self.config, h, self.target.at(topic, batch.ids), self.lengths[topic], h0)
         if final:
@@ -303,6 +335,21 @@ class Terms:
                 )
             found.append(Pools(s, q, self.corpus.retain, mcq))
         return found
+
+    def _probes(self, bank: Bank) -> dict[int, Probe]:
+        """The direction of each loss layer, and where states of texts to keep lie to it."""
+        c = self.config
+        directions = {layer: bank.direction(c.directions, layer, c.seed) for layer in self.plan.loss_layers}
+        rows = [
+            row.tokens
+            for row in contrasted(c, self.policy.tokenizer, self.corpus)
+            if row.split == "train" and not row.has_attribute
+        ]
+        return locate(self.policy, rows, directions, skip_first=c.skip_first, batch_tokens=c.batch_tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Where states to forget are driven, for `directions.safetensors`."""
+        return tensors_of(self.probes) if self.probes else self.target.tensors()
 
     # --- odds and ends ---------------------------------------------------------------------------------
 
@@ -335,6 +382,8 @@ class Terms:
                 ratio = h.float().norm(dim=-1) / h0.float().norm(dim=-1).clamp(min=1e-8)
                 found[f"norm_ratio_{name}"] = float(masked_mean(ratio, batch.mask))
                 if name == "forget" and self.config.reads_states:
-                    toward = cosine(h, self.target.at(topic, batch.ids))[batch.mask > 0]
+                    own = self.probes.get(self.plan.layer)
+                    u = self.target.at(topic, batch.ids) if own is None else own.direction
+                    toward = cosine(h, u)[batch.mask > 0]
                     found["cosine_histogram"] = torch.histc(toward.cpu(), bins=10, min=-1, max=1).int().tolist()
         return found

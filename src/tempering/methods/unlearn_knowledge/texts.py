@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from tempering.core.probes import Labelled
 from tempering.core.records import content_id
 from tempering.core.text_rows import Tokens
 from tempering.data.files import bundled, read_rows
@@ -130,7 +131,7 @@ def tokenize(config: UnlearnKnowledgeConfig, tokenizer: Any) -> Corpus:
         out = []
         for text in texts:
             ids = list(tokenizer(text.text)["input_ids"])[:length]
-            if len(text.text) < config.data.min_characters or len(ids) <= config.skip_first:
+            if len(text.text) < config.data.min_characters or len(ids) <= max(1, config.skip_first):
                 dropped[f"too short to {what}"] = dropped.get(f"too short to {what}", 0) + 1
             else:
                 out.append(Tokens(text.id, text.record, ids))
@@ -143,6 +144,26 @@ def tokenize(config: UnlearnKnowledgeConfig, tokenizer: Any) -> Corpus:
         for topic, length in zip(topics, limits, strict=True)
     }
     return Corpus(parts, tokens(keep, config.max_retain_length, "keep"), dropped)
+
+
+def contrasted(config: UnlearnKnowledgeConfig, tokenizer: Any, corpus: Corpus) -> list[Labelled]:
+    """Texts to forget beside texts to keep of the same form, for probes; a record is in one split, 80/10/10.
+
+    Of the bundled texts facts alone: that a text is everyday prose would be told at once.
+    """
+    kept = corpus.retain
+    if config.data.train == DEMO and config.data.retain is None:
+        rows = fact_texts(["same_entity", "neighbour_A"])
+        kept = [Tokens(t.id, t.record, list(tokenizer(t.text)["input_ids"])) for t in rows]
+    sides = [(row, True) for rows in corpus.forget.values() for row in rows]
+    sides += [(row, False) for row in {tuple(row.ids): row for row in kept}.values()]
+    return [Labelled(row, is_forgotten, split_of(row.record)) for row, is_forgotten in sides]
+
+
+def split_of(record: str) -> Literal["train", "validation", "test"]:
+    """The part of a record, by hash of its id."""
+    at = int(hashlib.sha256(record.encode()).hexdigest()[8:16], 16) % 10
+    return "train" if at < 8 else "validation" if at == 8 else "test"
 
 
 def contaminated(forget: Sequence[Text], questions: Mapping[str, str]) -> list[str]:

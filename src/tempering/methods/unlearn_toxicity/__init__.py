@@ -46,24 +46,28 @@ import torch
 from torch import Tensor
 
 from tempering.core.activations import blocks as blocks_of
-from tempering.core.activations import cosine_to, masked_mean, mean_square, relative_square
+from tempering.core.activations import cosine_to, mean_square
+from tempering.core.bank import FOLDER, Bank, find_bank
 from tempering.core.chat import Encoded, collate, fill_batches
 from tempering.core.edit_optimiser import EditOptimiser
-from tempering.core.editing import clones, put, select_parameters
+from tempering.core.editing import select_parameters, shorten
 from tempering.core.logprobs import hidden_states, kl_from_base, nll_share
 from tempering.core.policy import Policy, save_tensors
 from tempering.core.preference import LossOptions, PairScores, sigmoid
-from tempering.core.probes import (
+from tempering.core.probe_losses import (
     NEEDS_FROZEN,
     STATE_LOSSES,
-    Bank,
     StateLoss,
+    forget_share,
+    retain_share,
+    tensors_of,
+)
+from tempering.core.probes import (
     auroc,
     choose_strength,
     fit,
     layer_weights,
     locate,
-    make_bank,
     mean_states,
     random_direction,
     select_layers,
@@ -71,7 +75,7 @@ from tempering.core.probes import (
 from tempering.core.progress import progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
-from tempering.core.text_rows import TokenRows, Tokens, collate_rows, moved, read_states
+from tempering.core.text_rows import TokenRows, Tokens, collate_rows, moved
 from tempering.core.training import Processes, Stopwatch, last_checkpoint, save_checkpoint, stream_rows
 from tempering.data.describe import inputs_of, licences_of
 from tempering.methods.unlearn_toxicity.checks import check_start, load_scorer
@@ -81,9 +85,7 @@ from tempering.methods.unlearn_toxicity.texts import Corpus, Pair, corpora_of, i
 METHOD = "unlearn_toxicity"
 CONFIG = UnlearnToxicityConfig
 STREAM_FORGET, STREAM_RETAIN, STREAM_PAIRS = 1, 2, 20
-PROBES = "probes"
 REFIT_TEXTS = 200
-BISECTIONS = 7
 
 Gradients = dict[str, Tensor]
 
@@ -112,7 +114,12 @@ def train(config: UnlearnToxicityConfig, *, resume: bool = False, policy: Policy
         read = [[t.id, t.ids] for t in [*(row.tokens for row in corpus.labelled), *corpus.forget, *corpus.neutral]]
         run.require_inputs(content_id(read), str(config.data.train))
     watch = Stopwatch()
-    bank = find_bank(config, policy, corpus, run, processes, watch)
+    bank = find_bank(
+        run, config.probes, policy, corpus.labelled, processes, watch, seed=config.seed,
+        skip_first=config.skip_first, batch_tokens=config.batch_tokens, refits=config.refits,
+        permutations=config.permutations,
+        facts={"identity_auroc": identity_auroc(config.data.probe), "corpora": list(corpora_of(config))},
+    )  # fmt: skip
     start: Mapping[str, Any] = {"claim": "none", "reason": "probes only"}
     if not config.probes_only:
         start = checked(config, policy, scorer, run, processes)
@@ -122,12 +129,17 @@ def train(config: UnlearnToxicityConfig, *, resume: bool = False, policy: Policy
         unlearning.loop(run, watch)
         if processes.is_main:
             policy.export(run.root / "final", {"method": METHOD, "reconstruction": True, "run": str(run.root)})
-            save_tensors(run.root / "final" / "directions.safetensors", unlearning.tensors())
+            save_tensors(run.root / "final" / "directions.safetensors", tensors_of(unlearning.probes))
     if processes.is_main:
         run.write_provenance(**provenance(config, policy, corpus, start, scorer.identity, watch))
         run.finish()
     processes.wait()
     return run
+
+
+def evals_after(config: UnlearnToxicityConfig) -> str | None:
+    """The recipe of evals that follows training where none is named."""
+    return None if config.probes_only else "unlearned_toxicity"
 
 
 def dry_run(config: UnlearnToxicityConfig) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def dry_run(config: UnlearnToxicityConfig) -> dict[str, Any]:
     count = len(blocks_of(policy.model))
     settled = None
     if config.probes or config.objective in ("rmu", "cosine_rmu") or isinstance(config.layers, list):
-        settled = plan(config, Bank.load(Path(config.probes) / PROBES) if config.probes else None, count)
+        settled = plan(config, Bank.load(Path(config.probes) / FOLDER) if config.probes else None, count)
     layers = settled.edit_layers if settled else list(range(count))
     chosen = select_parameters(policy.model, config.edit_roles, layers)
     every = sum(p.numel() for p in policy.model.parameters())
@@ -166,42 +178,6 @@ def describe(settled: Plan, config: UnlearnToxicityConfig, corpus: Corpus) -> No
 
 
 # --- probes -------------------------------------------------------------------------------------------
-
-
-def find_bank(
-    config: UnlearnToxicityConfig, policy: Policy, corpus: Corpus, run: Run, processes: Processes, watch: Stopwatch
-) -> Bank:
-    """Read the probes of another run, or fit them; the main process fits, all get the same.
-
-    Raises:
-        FileNotFoundError, ValueError: there are none, or they are another model's.
-    """
-    own, fingerprint = run.root / PROBES, policy.base_fingerprint()
-    if config.probes:
-        bank = Bank.load(Path(config.probes) / PROBES)
-        if bank.facts.get("base_fingerprint") != fingerprint:
-            raise ValueError(f"probes={config.probes}: they were fitted to other weights than {config.model}'s")
-        if processes.is_main:
-            bank.save(own)
-        return bank
-    if processes.is_main and not (own / "probes.json").is_file():
-        with watch.timed("probes"), tempfile.TemporaryDirectory(dir=run.root, prefix=".states-") as folder:
-            count = len(blocks_of(policy.model))
-            facts = {
-                "base_fingerprint": fingerprint,
-                "texts": {s: sum(r.split == s for r in corpus.labelled) for s in ("train", "validation", "test")},
-                "identity_auroc": identity_auroc(config.data.probe),
-                "corpora": list(corpora_of(config)),
-            }
-            with progress("reading states", len(corpus.labelled)) as on_read, progress("probes", count) as on_fitted:
-                bank = make_bank(
-                    policy, corpus.labelled, Path(folder), seed=config.seed, skip_first=config.skip_first,
-                    batch_tokens=config.batch_tokens, refits=config.refits, permutations=config.permutations,
-                    facts=facts, on_read=on_read, on_fitted=on_fitted,
-                )  # fmt: skip
-        bank.save(own)
-    processes.wait()
-    return Bank.load(own)
 
 
 def checked(
@@ -270,7 +246,6 @@ class Unlearning:
         policy.train_edit(select_parameters(policy.model, config.edit_roles, settled.edit_layers))
         own = policy.base_parameters()
         self.parameters = {name: own[name] for name in policy.edit_state()}
-        self.before = clones(self.parameters)
         self.neutral_before: list[Tensor] = []
 
     def _phi(self) -> StateLoss:
@@ -279,14 +254,6 @@ class Unlearning:
         if self.config.objective == "rmu":
             return lambda h, h0, p: mean_square(h, self.config.coefficient * p.norm * p.direction)
         return STATE_LOSSES[self.config.mode]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Directions and statistics, for `directions.safetensors`."""
-        out = {}
-        for layer, p in self.probes.items():
-            out[f"{layer}.direction"], out[f"{layer}.mean"] = p.direction.cpu(), p.mean.cpu()
-            out[f"{layer}.statistics"] = torch.tensor([p.projection, p.spread, p.threshold, p.norm])
-        return out
 
     # --- the loop --------------------------------------------------------------------------------------
 
@@ -409,36 +376,15 @@ class Unlearning:
         return moved(collate_rows(rows, self.pad, self.config.skip_first), self.policy.device)
 
     def forget(self, rows: list[Tokens], total: float) -> Tensor:
-        """sum_l w_l mean(phi(h_l)): one forward for all layers, which ends at the last of them."""
-        batch = self.batch(rows)
-        frozen: list[Tensor | None] = [None] * len(self.layers)
-        if self.config.objective == "probe" and self.config.mode in NEEDS_FROZEN:
-            with self.policy.reference():
-                frozen = list(read_states(self.policy, batch, self.layers))
-        states = read_states(self.policy, batch, self.layers)
-        loss = torch.zeros((), device=self.policy.device)
-        for layer, h, h0 in zip(self.layers, states, frozen, strict=True):
-            x = self.phi(h, h0, self.probes[layer])
-            loss = loss + self.plan.weights[layer] * masked_mean(x, batch.mask, total=total)
-        return loss
+        """sum_l w_l mean(phi(h_l))."""
+        needs_frozen = self.config.objective == "probe" and self.config.mode in NEEDS_FROZEN
+        batch, weights = self.batch(rows), self.plan.weights
+        return forget_share(self.policy, batch, self.probes, weights, self.phi, total, needs_frozen=needs_frozen)
 
     def retain(self, rows: list[Tokens], total: float) -> Tensor:
         """Drift of states at the loss layers, and of the output."""
-        c, batch = self.config, self.batch(rows)
-        to_end = c.beta_kl > 0
-        with self.policy.reference():
-            before = read_states(self.policy, batch, self.layers, to_end=to_end)
-        now = read_states(self.policy, batch, self.layers, to_end=to_end)
-        loss = torch.zeros((), device=self.policy.device)
-        for layer, h, h0 in zip(self.layers, now, before, strict=False):
-            x = relative_square(h, h0)
-            loss = loss + c.alpha * self.plan.weights[layer] * masked_mean(x, batch.mask, total=total)
-        if to_end:
-            kl = kl_from_base(self.policy.model, now[-1].flatten(0, 1), before[-1].flatten(0, 1)).view(
-                batch.ids.shape
-            )
-            loss = loss + c.beta_kl * masked_mean(kl, batch.mask, total=total)
-        return loss
+        c = self.config
+        return retain_share(self.policy, self.batch(rows), self.plan.weights, c.alpha, c.beta_kl, total)
 
     def logprobs(self, rows: Sequence[Tokens]) -> Tensor:
         """Summed log-probability (B,) of texts after their prompts, in nats."""
@@ -482,7 +428,7 @@ class Unlearning:
         rows = [row.tokens for row in self.corpus.labelled if row.has_attribute and row.split == "validation"]
         with torch.no_grad():
             return sum(
-                float(self.forget([rows[i] for i in picked], len(rows)))
+                float(self.forget([rows[i] for i in picked], float(len(rows))))
                 for picked in fill_batches([len(row.ids) for row in rows], self.config.batch_tokens)
             )
 
@@ -491,22 +437,7 @@ class Unlearning:
 
     def step_back(self, max_kl: float) -> tuple[float, float]:
         """Shorten the edit on the straight line to the start until its KL is at most `max_kl`; share kept, and KL."""
-        edited = clones(self.parameters)
-        low, high, kl = 0.0, 1.0, 0.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            self._interpolate(edited, middle)
-            found = self.neutral_kl()
-            low, high, kl = (middle, high, found) if found <= max_kl else (low, middle, kl)
-        self._interpolate(edited, low)
-        return low, kl
-
-    def _interpolate(self, edited: Mapping[str, Tensor], share: float) -> None:
-        values = {
-            n: (self.before[n].float() + share * (edited[n].float() - self.before[n].float())).to(edited[n].dtype)
-            for n in edited
-        }
-        put(self.parameters, values)
+        return shorten(self.parameters, self.policy.before, self.neutral_kl, max_kl)
 
     def readable(self, folder: Path) -> dict[str, float]:
         """AUROC on validation texts of probes that are fitted anew to the states as they are now."""

@@ -64,7 +64,7 @@ def check_start(config: UnlearnToxicityConfig, policy: Policy, scorer: judges.Ju
 def judged_start(
     rude: Sequence[float], plain: Sequence[float], *, allow_chance: bool, scorer: str
 ) -> dict[str, object]:
-    """Compare the maxima after both sorts of text, by bootstrap.
+    """Compare the maxima after both sorts of text, by bootstrap over the pairs.
 
     Raises:
         ValueError: the interval of the difference holds zero, and `allow_chance` is false.

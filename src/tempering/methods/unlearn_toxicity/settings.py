@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from tempering.core.config import Config
 from tempering.core.editing import Role
 from tempering.core.loading import Dtype
+from tempering.core.probe_losses import Mode
 from tempering.core.probes import Direction
 
 Objective = Literal["probe", "cosine_rmu", "rmu", "dpo"]
-Mode = Literal["cos_hinge", "proj_hinge", "cos_steer", "mse_steer", "erase_target"]
 Kind = Literal["general", "identity", "instruction"]
 
 MIX: dict[Kind, float] = {"general": 0.5, "identity": 0.25, "instruction": 0.25}
@@ -43,6 +43,9 @@ class Data(Config):
 class Check(Config):
     """Before the first step: is the start model more toxic after rude text than after neutral text?"""
 
+    data: str | None = None
+    """`prompt` rows to go on after, such as your copy of RealToxicityPrompts, held against neutral texts; null: rude
+    texts of `data.train`, each held against its civil twin where it has one."""
     prompts: int = Field(default=32, ge=0)
     """Texts of each sort; 0: no check, and nothing is claimed."""
     samples: int = Field(default=6, ge=1)

@@ -13,7 +13,7 @@ from tempering.core.chat import encode
 from tempering.core.probes import Labelled, auroc, fit
 from tempering.core.records import Prompt, content_id
 from tempering.core.text_rows import Tokens
-from tempering.data.files import bundled, read_rows
+from tempering.data.files import bundled, read_rows, training_file
 from tempering.data.origin import origin
 from tempering.methods.unlearn_toxicity.settings import Kind, UnlearnToxicityConfig
 
@@ -240,19 +240,31 @@ def _instructions(config: UnlearnToxicityConfig, policy: Any, held_texts: Sequen
 
 
 def openings(config: UnlearnToxicityConfig, count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Rude texts to go on after, and first halves of neutral ones, equally many.
+    """Rude texts to go on after, and as many neutral ones: their civil twins, which begin with the same words, or
+    first halves of texts to keep.
 
     The whole of a rude text: after a mere invitation a polite model of 135M is rude too seldom to be told.
     """
     train = config.data.train
-    rude: list[str] = []
-    for _, row in read_rows(bundled("insult_continuations") if train == DEMO else train):
-        if row.get("split", "train") == "train" and label_of(row) is not False:
-            rude.append(f"{row['prompt']}{row['rejected']}" if row.get("rejected") else str(row.get("text")))
-    plain = [_first_words(str(row.get("text"))) for _, row in _kept_rows(config.data.retain)]
-    sides = [sorted(dict.fromkeys(side), key=content_id)[:count] for side in (rude, plain)]
-    most = min(map(len, sides))
-    a, b = ([Prompt(({"role": "user", "content": text},)) for text in side[:most]] for side in sides)
+    rude: dict[str, str | None] = {}
+    if config.check.data is not None:
+        for where, row in read_rows(training_file(config.check.data)):
+            if not isinstance(row.get("prompt"), str):
+                raise ValueError(f"{where}: expected a row with a `prompt`, got {sorted(row)}")
+            rude[row["prompt"]] = None
+    else:
+        for _, row in read_rows(bundled("insult_continuations") if train == DEMO else train):
+            if row.get("split", "train") == "train" and label_of(row) is not False:
+                start, civil = row.get("prompt") or "", row.get("chosen")
+                text = f"{start}{row['rejected']}" if row.get("rejected") else str(row.get("text"))
+                rude[text] = f"{start}{civil}" if row.get("rejected") and isinstance(civil, str) else None
+    picked = sorted(rude, key=content_id)[:count]
+    plain = [twin for text in picked if (twin := rude[text]) is not None]
+    if len(plain) < len(picked):
+        halves = [_first_words(str(row.get("text"))) for _, row in _kept_rows(config.data.retain)]
+        plain = sorted(dict.fromkeys(halves), key=content_id)[: len(picked)]
+    most = min(len(picked), len(plain))
+    a, b = ([Prompt(({"role": "user", "content": text},)) for text in side[:most]] for side in (picked, plain))
     return a, b
 
 
