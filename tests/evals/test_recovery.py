@@ -207,6 +207,7 @@ def known_subject(groups=("A", "B", "A", "B")):
     return SimpleNamespace(
         items=[SimpleNamespace(id=str(i), category=None) for i in range(n)], groups=list(groups), metric="m",
         original=[1.0] * n, unlearned=[0.0] * n, gold=[0.0] * n, judge="j",
+        is_toxicity=False,
     )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def test_the_worst_attack_is_reported_beside_the_time_that_gold_needs():
     assert metrics["steps_to_half"]["value"] == 5 and metrics["relearn_ratio"]["value"] == 0.5
     assert metrics["relearning_auc"]["value"] == pytest.approx(0.5)
     assert metrics["recovered_fraction/relearning"]["value"] == 1.0
-    assert attacked["at_end"] == [1.0] * 4 and metrics["m/gold/at_end"]["value"] == 0.75
+    assert attacked["at_end"] == [1.0] * 4 and metrics["m/gold/corpus"]["value"] == 0.75
 
 
 def test_an_attack_that_never_gets_half_back_is_censored_and_has_no_ratio():

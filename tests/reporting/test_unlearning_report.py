@@ -107,6 +107,8 @@ def test_all_attacks_give_a_headline_one_number_curves_and_a_table(made, tmp_pat
     assert f"{aggregate(forget_norm(0.312, 0.637, 0.25), 0.9, 0.5):.3f}" in text and math.exp(-0.05) > 0.9
     for said in ("quantisation: q4 0", "41 %", "relearning steps to half recovery 10", "61 %", "29 %"):
         assert said in text, said
+    table = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "| unlearned | 0.84 | 0.90 | 50 % (30–70) | 20 % (10–30) | 30 % (20–40) | 0.70 |" in table
     assert page.count('id="u0-relearning-') > 3 and 'id="forgetting-' in page
     assert not any("robustness" in w for w in content["warnings"])
     assert content["systems"][1]["metrics"]["recovered_fraction/relearning"]["value"] == 0.5

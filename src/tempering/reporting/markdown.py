@@ -12,6 +12,7 @@ from tempering.reporting.card import plain
 from tempering.reporting.collect import Metric
 from tempering.reporting.compare import Compared, Refutation
 from tempering.reporting.systems import System, judge_cards, meaning, summary_metrics
+from tempering.reporting.unlearning import ATTACKS, RECOVERED, headline, unlearned_of
 from tempering.reporting.wording import correction_note, show, show_interval
 
 ARMS_ALSO = ("margin_initial", "kl_initial")
@@ -32,6 +33,7 @@ def markdown(systems: Sequence[System], comparisons: Sequence[Compared], refutat
     ]
     if note := correction_note(judge_cards(systems)):
         parts.append(plain(note) + "\n")
+    parts += _unlearned(systems)
     shown = [c for c in comparisons if c.metric in metrics]
     for against, group in itertools.groupby(shown, key=lambda c: c.b):
         rows: dict[str, dict[str, Compared]] = {}
@@ -45,6 +47,24 @@ def markdown(systems: Sequence[System], comparisons: Sequence[Compared], refutat
         ]
     lines = [f"- {r.control}, {meaning(r.metric).label.lower()}: **{r.verdict}**, {r.reason}\n" for r in refutation]
     return "\n".join([*parts, "".join(lines)]).rstrip("\n") + "\n"
+
+
+def _unlearned(systems: Sequence[System]) -> list[str]:
+    """What was forgotten and kept, what each attack brings back, and H; a sentence on each system."""
+    found = unlearned_of(systems)
+    if not found:
+        return []
+    rows = [
+        [
+            u.system.name,
+            *("–" if part is None else f"{part:.2f}" for part in (u.forgotten, u.retain_ratio)),
+            *(_value(u.system, f"{RECOVERED}/{name}") for name in ATTACKS),
+            "–" if u.aggregate is None else f"{u.aggregate:.2f}",
+        ]
+        for u in found
+    ]
+    heads = ["unlearning", "forgotten", "kept", *(f"back by {name.replace('_', ' ')}" for name in ATTACKS), "H"]
+    return [_table(heads, rows), "".join(f"- {plain(headline(u))}\n" for u in found)]
 
 
 def _value(system: System, metric: str) -> str:

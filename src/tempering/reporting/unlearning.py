@@ -99,7 +99,7 @@ def headline(found: Unlearned) -> str:
 
 def panels(systems: Sequence[System]) -> list[dict[str, Any]]:
     """Return what the page shows of each: headline, parts, attacks, numbers of relearning, and its curves."""
-    out = []
+    out: list[dict[str, Any]] = []
     for number, found in enumerate(unlearned_of(systems)):
         system = found.system
         svgs = [svg for e in _evals(system) if e.kind == "relearning" for svg in curve_plots(e, f"u{number}-")]
@@ -143,9 +143,9 @@ def warnings_of_unlearning(systems: Sequence[System], trained: Sequence[tuple[st
 def curve_plots(e: Eval, prefix: str) -> list[str]:
     """Draw the recovered fraction over steps: of each kind the worst attack with its interval, others faint."""
     curves = [c for c in _curves_of(e) if any(is_number(p.get(RECOVERED)) for p in c["points"])]
-    drawn = []
+    drawn: list[tuple[str, list[plots.Line]]] = []
     for title, kinds in _PANELS:
-        lines = []
+        lines: list[plots.Line] = []
         for who, kind in itertools.product(_WHO, kinds):
             mine = sorted((c for c in curves if (c["who"], c["kind"]) == (who, kind)), key=_top)
             label = who if kinds == ("corpus",) else kind.replace("_", " ")
@@ -219,7 +219,9 @@ def _retained(system: System, start: System | None) -> dict[str, float]:
     if drift and drift.value is not None:
         found["perplexity on everyday text"] = min(1.0, math.exp(-drift.value))
     forgotten = {e.data_hash for e in _evals(system) if e.kind in ATTACKS}
-    for e in _evals(system) if start else ():
+    if start is None:
+        return found
+    for e in _evals(system):
         other = next((o for o in _evals(start) if o.kind == e.kind and o.data_hash == e.data_hash), None)
         if other is None:
             continue
@@ -271,12 +273,12 @@ def _parts(found: Unlearned) -> list[tuple[str, str, str]]:
 
 def _attacks(system: System) -> list[dict[str, Any]]:
     """One row an attack, by eval, the strongest first: what comes back, the score under it, its controls'."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for e in _evals(system):
         if e.kind not in ATTACKS:
             continue
         score = str((e.details.get("levels") or {}).get("metric"))
-        own = [
+        own: list[dict[str, Any]] = [
             {
                 "eval": e.kind,
                 "name": name,
@@ -318,7 +320,7 @@ def _line(found: dict[str, Any], label: str, colour: int, *, is_faint: bool) -> 
 
 
 def _top(found: dict[str, Any]) -> float:
-    return max(p[RECOVERED] for p in found["points"] if is_number(p.get(RECOVERED)))
+    return float(max(p[RECOVERED] for p in found["points"] if is_number(p.get(RECOVERED))))
 
 
 def _evals(system: System) -> list[Eval]:
