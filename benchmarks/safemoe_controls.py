@@ -6,8 +6,9 @@
 Offline: samples the base's own unsafe answers to bundled requests, trains experts, gates and controls, evaluates
 each on the same 108 requests (`safemoe_eval`) and on harmless ones, and prints a table and the verdict of
 docs/safemoe.md. What is done is not done again: stop it at any time and start it anew. The default controls are
-those of the verdict, and `safe_only`; `--controls` names others, `--controls all` all. The environment variable is
-half of the override that running a control needs; this script is the other half.
+those of the verdict and the paper's; `--controls` names others, `--controls all` all. The plan is smaller than that
+of `temper train safemoe -c demo`, for all to fit into half an hour on two cores. The environment variable is half of
+the override that running a control needs; this script is the other half.
 
 Groups of domains: `router` have experts and safe data, `expert` only experts, `neither` nothing.
 """
@@ -38,10 +39,10 @@ NEITHER = ("forgery_and_cheating", "rumours_and_disinformation")
 GROUPS = {"router": ROUTER, "expert": EXPERT, "neither": NEITHER, "all": (*ROUTER, *EXPERT, *NEITHER)}
 DOMAINS = (*ROUTER, *EXPERT)
 TOPICS = ("coding_basics", "cooking", "health_basics", "science_facts")
-DEFAULT = (*CAUSES, "refusal_only", "safe_only")
-SETTINGS = ("first_layer", "last_token", "k4", "k_all", "null_expert", "with_replay", "first_T")
+DEFAULT = (*CAUSES, "refusal_only", "safe_only", "knowledge_only", "first_layer", "last_token")
+SETTINGS = ("k4", "k_all", "null_expert", "with_replay", "first_T")
 OWN_ROWS = ("refusal_only", "safe_only", "knowledge_only", "mixed_experts")
-ALL = (*DEFAULT, "knowledge_only", "mixed_experts", *SETTINGS)
+ALL = (*DEFAULT, "mixed_experts", *SETTINGS)
 EXTRA: dict[str, dict[str, Any]] = {
     "with_replay": {"replay": {"data": "demo_safemoe_benign", "weight": 1.0}},
     "first_T": {"first_tokens": 16},
@@ -74,13 +75,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--controls", nargs="*", default=list(DEFAULT), help=f"of {', '.join(ALL)}, or `all`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, help="requests a domain to train on (default: all 24)")
+    parser.add_argument("--answers", type=int, default=1, help="the base's answers to each of them")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--expert-epochs", type=int, default=2)
-    parser.add_argument("--gate-epochs", type=int, default=3)
+    parser.add_argument("--gate-epochs", type=int, default=2)
     parser.add_argument("--gate-rows", type=int, help="safe answers for the gate (default: all 96)")
     parser.add_argument("--prompts", type=int, help="requests to measure with (default: all 108)")
     parser.add_argument("--price-prompts", type=int, default=40, help="of over-refusal and of capability")
-    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--tokens", type=int, default=48, help="longest answer")
     parser.add_argument("--judge", default="rules", help="rules, or openai:MODEL@URL")
     args = parser.parse_args(argv)
     args.controls = list(ALL) if args.controls == ["all"] else args.controls
@@ -94,7 +96,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> dict[str, str]:
     """Make rows and models, those that are not there yet; returns system -> target."""
-    rows = expert_rows(args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=2, seed=args.seed)
+    rows = expert_rows(args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=args.answers, seed=args.seed)
     ours = gate(args, "safemoe", expert_data=rows["files"])
     targets = {"base": args.model, "safemoe": ours}
     experts = [str(args.out / "safemoe-experts" / f"{domain}.unsafe") for domain in DOMAINS]

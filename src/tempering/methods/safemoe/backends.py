@@ -8,7 +8,6 @@ Products are in the type of x; a weight is multiplied by its scale in float32 an
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -27,7 +26,7 @@ GATHER_TOKENS = 64
 GRID = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of tokens at which `auto` measures; the nearest one decides."""
 CALIBRATION_S = 2.0
-REPEATS = 5
+REPEATS = 9
 
 
 class Dispatch:
@@ -124,7 +123,7 @@ def fused(x: Tensor, d: Dispatch, w: ExpertWeights, out: Tensor) -> Tensor:
     K, r, _ = w.A.shape
     gate = d.dense_weight(w.scale).to(x.dtype)
     z = F.linear(x, w.A.flatten(0, 1)).view(len(x), K, r) * gate[..., None]
-    return out.addmm_(z.view(len(x), K * r), w.B.flatten(1).T)
+    return out.addmm_(z.view(len(x), K * r), w.B.permute(1, 2, 0).flatten(0, 1))
 
 
 def gather(x: Tensor, d: Dispatch, w: ExpertWeights, out: Tensor) -> Tensor:
@@ -184,8 +183,9 @@ Table = dict[str, dict[str, Backend]]
 def calibrate(weights: Sequence[ExpertWeights], k: int) -> Table:
     """Measure the back-ends once for each shape and number of tokens of `GRID`; about `CALIBRATION_S` in all.
 
-    Medians of up to `REPEATS` interleaved runs. A back-end that is three times slower than the best at one size is
-    not tried at the next; where time runs out, larger sizes take the choice of the largest that was measured.
+    The best of up to `REPEATS` interleaved runs: other work on the machine only ever adds time. A back-end that is
+    three times slower than the best at one size is not tried at the next; where time runs out, larger sizes take the
+    choice of the largest that was measured.
     """
     shapes = {shape_key(w, k): w for w in weights}
     table: Table = {}
@@ -206,7 +206,7 @@ def calibrate(weights: Sequence[ExpertWeights], k: int) -> Table:
 def time_backends(
     w: ExpertWeights, k: int, tokens: int, names: Sequence[Backend], repeats: int, deadline: float = float("inf")
 ) -> dict[Backend, float]:
-    """Median seconds of each back-end for one linear layer and so many tokens, in turn; at least one run each."""
+    """Least seconds of each back-end for one linear layer and so many tokens, in turn; at least one run each."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, w.A.shape[2], generator=generator).to(w.A.device, w.A.dtype)
     K = len(w.scale)
@@ -225,7 +225,7 @@ def time_backends(
                     seconds[name].append(time.perf_counter() - start)
             if all(seconds.values()) and time.perf_counter() > deadline:
                 break
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: min(found) for name, found in seconds.items()}
 
 
 def choose(table: Table, w: ExpertWeights, k: int, tokens: int) -> Backend:

@@ -41,8 +41,16 @@ class ExpertWeights(NamedTuple):
     """All experts of one linear layer, in index order; the update of expert e is scale[e] * B[:, e] @ A[e]."""
 
     A: Tensor  # (K, r, d_in)
-    B: Tensor  # (d_out, K, r): that [d_out, K*r] is a view of it saves a second copy
+    B: Tensor  # (d_out, K, r), in memory (K, r, d_out): see `laid_out`
     scale: Tensor  # (K,) float32
+
+
+def laid_out(B: Tensor) -> Tensor:
+    """The same B (d_out, K, r), with r x d_out of each expert in one piece, as the products read it fastest.
+
+    Both [K, r, d_out] and [K*r, d_out] are then views of it, so that one copy serves every back-end.
+    """
+    return B.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Experts:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Experts:
         """The same experts elsewhere, in the type that they are computed in; scales stay float32."""
         moved = {
-            name: ExpertWeights(w.A.to(device, dtype), w.B.to(device, dtype), w.scale.to(device))
+            name: ExpertWeights(w.A.to(device, dtype), laid_out(w.B.to(device, dtype)), w.scale.to(device))
             for name, w in self.modules.items()
         }
         return dataclasses.replace(self, modules=moved)
@@ -158,7 +166,7 @@ def stack_experts(adapters: Sequence[Adapter]) -> dict[str, ExpertWeights]:
                 )
         rank = max(a.shape[0] for a, _, _ in parts)
         A = torch.zeros(len(parts), rank, a0.shape[1], dtype=a0.dtype)
-        B = torch.zeros(b0.shape[0], len(parts), rank, dtype=b0.dtype)
+        B = torch.zeros(len(parts), rank, b0.shape[0], dtype=b0.dtype).permute(2, 0, 1)
         for e, (a, b, _) in enumerate(parts):
             A[e, : a.shape[0]], B[:, e, : a.shape[0]] = a, b
         stacked[name] = ExpertWeights(A, B, torch.tensor([s for _, _, s in parts], dtype=torch.float32))
