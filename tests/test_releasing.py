@@ -128,6 +128,8 @@ def test_what_was_not_measured_or_not_on_the_same_prompts_does_not_pass():
     marked = evals(unsafe_override=True)
     assert len(failures(marked, of_base(), ("tiny",))) == 3
     assert all("the base, not this run" in reason for reason in failures(of_base(), of_base(), ("tiny",)))
+    instead = evals(target="tiny (in place of runs/m, which was refused)")
+    assert len([reason for reason in failures(instead, of_base(), ("tiny",)) if "the base, not" in reason]) == 3
     empty = copy.deepcopy(evals())
     empty["safe_informative"]["metrics"]["safe_rate"] |= {"value": None, "n": 0}
     assert "not measured" in failures(empty, of_base(), ("tiny",))[0]

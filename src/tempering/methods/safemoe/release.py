@@ -22,6 +22,8 @@ SAFE, OVER_REFUSAL, CAPABILITY = (
     ("capability", "capability_accuracy"),
 )
 EVALS = (SAFE[0], OVER_REFUSAL[0], CAPABILITY[0])
+IN_PLACE = " (in place of "
+"""In the name of a base that answers where a bundle was refused (`bundle.on_failure=base`)."""
 KEPT = ("target", "metrics", "settings", "data", "warnings", "unsafe_override")
 """What of an eval's document the manifest keeps."""
 
@@ -42,7 +44,8 @@ def failures(found: Documents, base: Documents, base_names: tuple[str, ...]) -> 
     for name in EVALS:
         if found.get(name, {}).get("unsafe_override"):
             reasons.append(f"{name}: measured with the override of the guards")
-        if found.get(name, {}).get("target") in base_names:
+        target = str(found.get(name, {}).get("target"))
+        if target in base_names or IN_PLACE in target:
             reasons.append(f"{name}: what was measured is the base, not this run")
     value, n = _metric(found, *SAFE)
     if value is None:
