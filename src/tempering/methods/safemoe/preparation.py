@@ -185,17 +185,20 @@ def check(config: SafeMoEConfig, *, resume: bool = True) -> None:
     """
     require_experts(config)
     rows = rows_config(config)
-    for folder in [rows.out] * (rows is not None) + [stage.settings["out"] for stage in stages(config)]:
+    made = [stage.settings["out"] for stage in stages(config)]
+    for folder in [rows.out, *made] if rows else made:
         Run.require_free(folder, resume)
     if config.router_data is None:
         raise ValueError("router_data: name a file of safe and informative answers")
     sealing_keys(config.bundle)
-    trained = {"router_data": config.router_data} | {f"expert_data.{d}": f for d, f in config.expert_data.items()}
+    trained: dict[str, tuple[str, int | None]]
+    trained = {f"expert_data.{domain}": (file, None) for domain, file in config.expert_data.items()}
+    trained["router_data"] = config.router_data, config.limit
     if config.replay.data is not None and config.replay.weight:
-        trained["replay.data"] = config.replay.data
+        trained["replay.data"] = config.replay.data, None
     keys = {
-        where: {prompt_key(row.messages[-1]["content"]) for row in read_rows(config, file)[0]}
-        for where, file in trained.items()
+        where: {prompt_key(row.messages[-1]["content"]) for row in read_rows(config, file, limit)[0]}
+        for where, (file, limit) in trained.items()
     }
     if rows:
         asked = (row for found in read_domains(rows).values() for row in found)
