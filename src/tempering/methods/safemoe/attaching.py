@@ -127,7 +127,7 @@ def attach(
     model = policy.base
     moved = experts.to(policy.device, policy.dtype)
     order = [name for name, _ in model.named_modules() if name in moved.modules]
-    targets = {name: _target(model, name, w) for name, w in moved.modules.items()}
+    targets = require_layers(model, moved.modules)
     shared: dict[tuple[float, ...], Tensor] = {}
     weights = {}
     for name in order:  # layers of one scale share the tensor, and with it the weights of a router's decisions
@@ -221,6 +221,15 @@ def _directions(w: ExpertWeights) -> Tensor:
     top = torch.linalg.svd(R @ A, full_matrices=False).Vh[:, 0]
     largest = top.gather(1, top.abs().argmax(1, keepdim=True))
     return top * largest.sign()
+
+
+def require_layers(model: nn.Module, modules: dict[str, ExpertWeights]) -> dict[str, nn.Module]:
+    """Return the layers that experts are for, by path.
+
+    Raises:
+        ValueError: the model has no such layer, or one of another shape.
+    """
+    return {name: _target(model, name, w) for name, w in modules.items()}
 
 
 def _target(model: nn.Module, name: str, w: ExpertWeights) -> nn.Module:
