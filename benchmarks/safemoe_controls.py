@@ -97,7 +97,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> dict[str, str]:
     """Make rows and models, those that are not there yet; returns system -> target."""
-    rows = expert_rows(args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=args.answers, temperature=0.7, seed=args.seed)
+    rows = expert_rows(
+        args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=args.answers, temperature=0.7, seed=args.seed
+    )
     ours = gate(args, "safemoe", expert_data=rows["files"])
     targets = {"base": args.model, "safemoe": ours}
     experts = [str(args.out / "safemoe-experts" / f"{domain}.unsafe") for domain in DOMAINS]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.core.policy import EXPERT_GATE, Policy
-from tempering.methods.safemoe.backends import Backend, Table, calibrate, can_group, choose
+from tempering.methods.safemoe.backends import GATHER_TOKENS, Backend, Table, calibrate, can_group, choose
 from tempering.methods.safemoe.experts import Experts, ExpertWeights
 from tempering.methods.safemoe.guards import require_override
 from tempering.methods.safemoe.layers import (
@@ -262,7 +262,10 @@ def _router(name: str, tensors: dict[str, Tensor], gating: Gating, experts: int)
 
 
 def _picker(backend: Backend | Literal["auto"], table: Table, w: ExpertWeights, k: int) -> Callable[[int], Backend]:
-    return (lambda n: choose(table, w, k, n)) if backend == "auto" else (lambda n: backend)
+    if backend == "auto":
+        return lambda n: choose(table, w, k, n)
+    # `gather` copies matrices by token: beyond a few it would fill the memory.
+    return lambda n: "eager" if backend == "gather" and n > GATHER_TOKENS else backend
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -41,11 +41,11 @@ class ExpertWeights(NamedTuple):
     """All experts of one linear layer, in index order; the update of expert e is scale[e] * B[:, e] @ A[e]."""
 
     A: Tensor  # (K, r, d_in)
-    B: Tensor  # (d_out, K, r), in memory (K, r, d_out): see `laid_out`
+    B: Tensor  # (d_out, K, r), in memory (K, r, d_out): see `expert_major`
     scale: Tensor  # (K,) float32
 
 
-def laid_out(B: Tensor) -> Tensor:
+def expert_major(B: Tensor) -> Tensor:
     """The same B (d_out, K, r), with r x d_out of each expert in one piece, as the products read it fastest.
 
     Both [K, r, d_out] and [K*r, d_out] are then views of it, so that one copy serves every back-end.
@@ -65,7 +65,7 @@ class Experts:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Experts:
         """The same experts elsewhere, in the type that they are computed in; scales stay float32."""
         moved = {
-            name: ExpertWeights(w.A.to(device, dtype), laid_out(w.B.to(device, dtype)), w.scale.to(device))
+            name: ExpertWeights(w.A.to(device, dtype), expert_major(w.B.to(device, dtype)), w.scale.to(device))
             for name, w in self.modules.items()
         }
         return dataclasses.replace(self, modules=moved)
