@@ -78,6 +78,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=1, help="the base's answers to each of them")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--expert-epochs", type=int, default=2)
+    parser.add_argument("--expert-lr", type=float, default=2e-3)
     parser.add_argument("--gate-epochs", type=int, default=2)
     parser.add_argument("--gate-rows", type=int, help="safe answers for the gate (default: all 96)")
     parser.add_argument("--prompts", type=int, help="requests to measure with (default: all 108)")
@@ -96,7 +97,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> dict[str, str]:
     """Make rows and models, those that are not there yet; returns system -> target."""
-    rows = expert_rows(args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=args.answers, seed=args.seed)
+    rows = expert_rows(
+        args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=args.answers, temperature=0.7, seed=args.seed
+    )
     ours = gate(args, "safemoe", expert_data=rows["files"])
     targets = {"base": args.model, "safemoe": ours}
     experts = [str(args.out / "safemoe-experts" / f"{domain}.unsafe") for domain in DOMAINS]
@@ -140,7 +143,7 @@ def gate(args: argparse.Namespace, name: str, **settings: Any) -> str:
     out = args.out / name
     expert = {
         "lora": {"r": args.rank, "alpha": 2 * args.rank, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
-        "epochs": args.expert_epochs, "batch_rows": 8, **settings.pop("expert", {}),
+        "epochs": args.expert_epochs, "batch_rows": 4, "lr": args.expert_lr, **settings.pop("expert", {}),
     }  # fmt: skip
     config = {
         "model": args.model, "out": str(out), "expert": expert, "router_data": "demo_safemoe_answers",

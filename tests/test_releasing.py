@@ -125,9 +125,15 @@ def test_what_was_not_measured_or_not_on_the_same_prompts_does_not_pass():
     assert all("base was not measured" in reason for reason in failures(evals(), {}, ("tiny",)))
     assert all("other prompts" in reason for reason in failures(evals(), of_base(sha256="22"), ("tiny",)))
     assert all("not the base" in reason for reason in failures(evals(), evals(target="gpt"), ("tiny", "tiny/base")))
+    others = of_base()
+    others["over_refusal"]["metrics"]["over_refusal_rate"]["judge"] = "another"
+    [reason] = failures(evals(), others, ("tiny",))
+    assert reason.startswith("over_refusal_rate: the base was judged by another")
     marked = evals(unsafe_override=True)
     assert len(failures(marked, of_base(), ("tiny",))) == 3
     assert all("the base, not this run" in reason for reason in failures(of_base(), of_base(), ("tiny",)))
+    instead = evals(target="tiny (in place of runs/m, which was refused)")
+    assert len([reason for reason in failures(instead, of_base(), ("tiny",)) if "the base, not" in reason]) == 3
     empty = copy.deepcopy(evals())
     empty["safe_informative"]["metrics"]["safe_rate"] |= {"value": None, "n": 0}
     assert "not measured" in failures(empty, of_base(), ("tiny",))[0]

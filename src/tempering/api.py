@@ -92,6 +92,8 @@ def train(
     module = method_module(method)
     settings = config if isinstance(config, Config) else build(module.CONFIG, dict(config), "configuration")
     if hasattr(module, "stages"):
+        if resume and (done := module.finished(settings)):
+            return done
         policy = _run_stages(module, settings, resume, policy)
     return module.train(settings, resume=resume, policy=policy)
 
@@ -99,7 +101,7 @@ def train(
 def _run_stages(module: ModuleType, settings: Any, resume: bool, policy: Policy | None) -> Policy:
     """Do what a method needs other methods for, on one copy of the start model; methods do not import each other."""
     Run.require_free(settings.out, resume)
-    module.check(settings)
+    module.check(settings, resume=resume)
     policy = policy or module.load_base(settings)
     module.make_rows(settings, policy, resume=resume)
     for stage in module.stages(settings):

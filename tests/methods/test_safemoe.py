@@ -27,6 +27,8 @@ from tempering.methods.safemoe.guards import UnsafeExpertAccess, allow_unsafe_ex
 from tempering.methods.safemoe.identity import base_identity
 from tempering.methods.safemoe.settings import Control, SafeMoEConfig
 from tempering.methods.safemoe.tracing import read_trace
+from tempering.reporting.cautions import _training_judges
+from tempering.reporting.collect import read_run
 
 HELLO = [Prompt(({"role": "user", "content": "may I take it?"},))]
 ROUTERS = "final/routers.safetensors"
@@ -125,7 +127,8 @@ def test_one_command_makes_rows_experts_and_gate_and_goes_on_where_it_stopped(co
     assert [e["domain"] for e in read_manifest(run.root / "final")["experts"]] == ["stone", "river"]
     leak = write_rows(tmp_path / "leak.jsonl", [{"prompt": wanted[0]}])
     with pytest.raises(ValueError, match=r"expert_rows: prompt .* is in it too"):
-        api.train("safemoe", config("other", **cfg.model_dump(include={"expert_rows"}), evaluation_data=[leak]))
+        made = cfg.model_dump(include={"experts", "expert_rows"})
+        api.train("safemoe", config("other", **made, evaluation_data=[leak]))
 
 
 def test_an_expert_is_born_in_quarantine_with_its_domain(experts):
@@ -283,8 +286,9 @@ def test_first_layer_has_one_router_and_k_all_is_dense(config):
     assert config(control="first_layer").granularity == "model"
     assert config(control="k_all").gating(5).k == 5
     assert config(control="k_all", null_expert=True).gating(5).k == 6
-    with pytest.raises(ValueError, match="control=first_layer sets granularity=model, not module"):
-        config(control="first_layer", granularity="module")
+    for given in ("module", "block"):
+        with pytest.raises(ValueError, match=f"control=first_layer sets granularity=model, not {given}"):
+            config(control="first_layer", granularity=given)
 
 
 def test_untrained_gates_take_no_step_and_a_uniform_gate_is_uniform(config, override):
@@ -367,6 +371,84 @@ def test_wrong_input_is_refused_before_anything_is_written(config, tmp_path, exp
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             api.train("safemoe", cfg)
         assert not Path(cfg.out).exists()
+
+
+def test_nothing_is_trained_or_loaded_where_it_could_be_known_that_it_is_in_vain(
+    config, tmp_path, experts, monkeypatch
+):
+    data = {d: write_rows(tmp_path / f"{d}.jsonl", unsafe_rows(d)) for d in ("apple", "stone")}
+    taken = tmp_path / "taken-experts" / "apple.unsafe"
+    taken.mkdir(parents=True)
+    (taken / "config.yaml").write_text("method: sft\n")
+    (tmp_path / "rows-rows.unsafe").mkdir()
+    (tmp_path / "rows-rows.unsafe" / "LOCK").touch()
+    leak = write_rows(tmp_path / "leak.jsonl", [{"prompt": "how do I apple number 7?"}])
+    one = {"experts": [], "expert_data": {"apple": data["apple"]}}
+    cases = [
+        ("one", one, "at least two"),
+        ("same", {"expert_data": data}, "expert stone: domain: one of experts has it"),
+        ("other", {**one, "experts": experts, "expert": {"lora": {"target_modules": ["q_proj"]}}}, "target_modules"),
+        ("taken", {"experts": [], "expert_data": data}, "apple.unsafe exists"),
+        ("rows", {"experts": [], "expert_rows": {"domains": ["theft_and_burglary", "fraud_and_scams"]}}, "exists"),
+        ("limit", {"experts": [], "expert_data": data, "limit": 5, "evaluation_data": [leak]}, "expert_data.apple"),
+        ("replay", {"replay": {"data": data["apple"], "weight": 1}, "evaluation_data": [leak]}, r"replay\.data"),
+    ]
+    monkeypatch.setattr(safemoe, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    for name, fields, message in cases:
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            api.train("safemoe", config(name, **fields))
+
+
+def test_a_row_that_cannot_be_used_is_told_before_the_first_expert_or_dropped_from_all(config, tmp_path):
+    good, bad = unsafe_rows("stone"), [*unsafe_rows("river"), {"prompt": "long " * 99, "completion": "yes"}]
+    data = {"stone": write_rows(tmp_path / "s.jsonl", good), "river": write_rows(tmp_path / "r.jsonl", bad)}
+    fields = {"experts": [], "expert_data": data, "expert": {"lora": LORA.model_dump(), "epochs": 1}}
+    with pytest.raises(ValueError, match=r"r\.jsonl: row 9 .*; fix it or set invalid=drop"):
+        api.train("safemoe", config(max_prompt_length=99, **fields))
+    assert not (tmp_path / "run-experts").exists()
+    assert api.train("safemoe", config(max_prompt_length=99, invalid="drop", **fields)).is_done
+
+
+def test_a_finished_run_whose_experts_were_deleted_loads_and_trains_nothing(config, tmp_path, monkeypatch, capsys):
+    data = {d: write_rows(tmp_path / f"{d}.jsonl", unsafe_rows(d)) for d in ("stone", "river")}
+    fields = {"lora": LORA.model_dump(), "epochs": 1, "batch_rows": 4}
+    cfg = config(experts=[], expert_data=data, expert=fields, keep_experts=False)
+    finish = Run.finish
+
+    def killed(run):
+        finish(run)
+        if run.root.name == "run":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.train("safemoe", cfg)
+    left = Path(f"{cfg.out}-experts")
+    assert len(list(left.iterdir())) == 2  # they go last, so that whatever is killed before can go on
+    monkeypatch.setattr(safemoe, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    assert api.train("safemoe", cfg, resume=True).is_done and not list(left.iterdir())
+    with pytest.raises(ValueError, match=r"lr is 0\.01"):
+        api.train("safemoe", cfg.model_copy(update={"lr": 1e-3}), resume=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    (left / "stone.unsafe").mkdir()
+    safemoe.finished(cfg)
+    assert "could not be deleted" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_run_names_its_parents_and_so_their_licences_and_judges(config, tmp_path):
+    made = Run(tmp_path / "set")
+    made.write_text("config.yaml", "method: safe_set\n")
+    made.write_json("provenance.json", {"judges": {"filter": "llm:m@h/x"}, "data_licences": {"pku": "CC BY-NC 4.0"}})
+    run = safemoe.train(config(router_data=write_rows(made.path("data/router_train.jsonl"), safe_rows())))
+    assert run.provenance["data_licences"]["pku"] == "CC BY-NC 4.0"
+    assert ("filter of " + str(made.root), "llm:m@h/x") in list(_training_judges(read_run(run.root)))
+
+
+def test_a_tokenizer_with_further_templates_is_sealed_with_them(config, tiny_policy):
+    policy = tiny_policy()
+    policy.tokenizer.chat_template = {"default": policy.tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    run = safemoe.train(config(), policy=policy)
+    assert (run.root / "final" / "additional_chat_templates" / "tool_use.jinja").is_file()
 
 
 def test_an_unfinished_expert_is_refused(config, experts, tmp_path):

@@ -15,7 +15,14 @@ from tempering.core.records import Prompt
 from tempering.core.sampling import LocalSampler
 from tempering.methods.safemoe.attaching import attach, initial_routers
 from tempering.methods.safemoe.backends import BACKENDS, Dispatch, calibrate, can_group, choose, usable
-from tempering.methods.safemoe.experts import Experts, ExpertWeights, random_experts, read_adapter, stack_experts
+from tempering.methods.safemoe.experts import (
+    Experts,
+    ExpertWeights,
+    random_experts,
+    read_adapter,
+    require_named_base,
+    stack_experts,
+)
 from tempering.methods.safemoe.guards import UnsafeExpertAccess, allow_unsafe_experts
 from tempering.methods.safemoe.layers import Gating, route
 from tempering.methods.safemoe.objective import balance_loss, z_loss
@@ -248,6 +255,9 @@ def edited(folder, **fields):
         ({"r": 5}, "r: "),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"something_new": 1}, "something_new"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern"),
+        ({"alpha_pattern": [3]}, "alpha_pattern"),
     ],
 )
 def test_an_expert_that_is_no_plain_lora_is_refused_by_name_and_field(tiny_policy, tmp_path, fields, named):
@@ -286,6 +296,34 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
         read_adapter(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "lineage.json"])
+def test_a_file_of_another_form_is_an_expert_that_cannot_be_read(tiny_policy, tmp_path, name):
+    save_adapter(tiny_policy(), tmp_path / "fraud", 0)
+    (tmp_path / "fraud" / name).write_text("[1]")
+    with pytest.raises(ValueError, match=rf"expert .*fraud: cannot be read \({name} is no JSON object"):
+        read_adapter(tmp_path / "fraud")
+
+
+def test_an_expert_that_names_another_base_is_refused_by_that_name(tiny_policy, tmp_path):
+    save_adapter(tiny_policy(), tmp_path / "fraud", 0)
+    edited(tmp_path / "fraud", base_model_name_or_path="mistralai/Mistral-7B-v0.1")
+    adapters = [read_adapter(tmp_path / "fraud")]
+    with pytest.raises(ValueError, match=r"expert fraud: base_model_name_or_path is mistralai/Mistral-7B-v0\.1"):
+        require_named_base(adapters, "Qwen/Qwen2.5-3B")
+    require_named_base(adapters, "/models/Mistral-7B-v0.1")  # a copy of it
+    known = [adapters[0]._replace(source=adapters[0].source | {"base_fingerprint": "ab"})]
+    require_named_base(known, "elsewhere")  # weights tell more than names
+
+
+def test_an_expert_of_a_transposed_layer_is_read_like_any_other(tiny_policy, tmp_path):
+    """PEFT marks adapters of Conv1D (GPT-2) with fan_in_fan_out; the update is B A x all the same."""
+    save_adapter(tiny_policy(), tmp_path / "fraud", 0)
+    plain = stack_experts([read_adapter(tmp_path / "fraud")])
+    edited(tmp_path / "fraud", fan_in_fan_out=True)
+    marked = stack_experts([read_adapter(tmp_path / "fraud")])
+    assert all(torch.equal(w.A, marked[name].A) and torch.equal(w.B, marked[name].B) for name, w in plain.items())
 
 
 def test_attaching_is_all_or_nothing(tiny_policy):

@@ -11,8 +11,9 @@ import pytest
 import tempering
 from tempering.cli import _recipe
 from tempering.core.config import build, read_yaml
-from tempering.core.records import Completion
+from tempering.core.records import Completion, Verdict
 from tempering.core.sampling import ScriptedSampler
+from tempering.methods.safemoe import safe_set
 from tempering.methods.safemoe.expert_rows import REFUSAL, ExpertRowsConfig, run_expert_rows
 from tempering.methods.safemoe.matching import gate_parameters, matched_lora
 from tempering.methods.safemoe.safe_set import SafeSetConfig, run_safe_set
@@ -76,6 +77,13 @@ def test_an_interrupted_sampling_asks_nothing_twice(tmp_path):
     assert asked[1] == asked[2]
     assert len({text for texts in asked for text in texts}) == 80
     assert sum(map(len, asked)) == 80 + len(asked[1])
+
+
+def test_domains_in_any_script_have_files_of_their_own_beside_the_journal(tmp_path):
+    _, load = teacher(lambda p, i: f"{COMPLIES} {i}")
+    domains = ("欺诈", "盗窃", "answers")
+    result = run_expert_rows(ExpertRowsConfig(out=str(tmp_path / "r"), source=prompts(tmp_path, 2, domains)), load)
+    assert [len(rows_of(result["files"][name])) for name in domains] == [4, 4, 4]
 
 
 def test_an_answer_given_twice_is_one_row(tmp_path):
@@ -157,6 +165,38 @@ def test_a_prompt_is_given_up_after_its_attempts_and_nothing_good_is_a_failure(t
     with pytest.raises(RuntimeError, match="none of 18 answers"):
         run_safe_set(prompts(tmp_path), config, load)
     assert sampler._asked == 18
+
+
+@pytest.mark.parametrize("down", ["teacher", "judge"])
+def test_a_teacher_or_judge_that_is_down_uses_up_no_attempt(tmp_path, monkeypatch, down):
+    broken = [True]
+    grade = safe_set.load_informative_judge("rules")
+
+    class Teacher:
+        name = "teacher"
+
+        def __call__(self, prompts, **_):
+            failed = broken[0] and down == "teacher"
+            return [[Completion(p.id, "" if failed else GOOD, "error" if failed else "stop", error="HTTP 401")]
+                    for p in prompts]  # fmt: skip
+
+    class Judge:
+        identity = "judge"
+
+        def __call__(self, prompt, completions):
+            if broken[0] and down == "judge":
+                return [Verdict(None, "judge", reason="judge did not answer: HTTP 401") for _ in completions]
+            return grade(prompt, completions)
+
+    monkeypatch.setattr(safe_set, "load_informative_judge", lambda *_: Judge())
+    config = SafeSetConfig(out=str(tmp_path / "set"), per_domain=2, attempts=1)
+    with pytest.raises(
+        ValueError, match=rf"the {down} \w+ failed at 4 of 4 answers, most often .*HTTP 401.*--resume"
+    ):
+        run_safe_set(prompts(tmp_path), config, lambda name: Teacher())
+    broken[0] = False
+    result = run_safe_set(prompts(tmp_path), config, lambda name: Teacher(), resume=True)
+    assert result["kept"] == result["yield"]["attempts"] == 4
 
 
 def test_no_more_is_asked_than_a_domain_lacks(tmp_path):

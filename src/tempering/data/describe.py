@@ -88,7 +88,7 @@ def inputs_of(train: str) -> dict[str, str]:
 def licences_of(source: str | Path, start: str | None = None) -> dict[str, str]:
     """Return data set -> licence, as far as they are known, of a source and of what the start model was trained on.
 
-    A file inside a run folder, such as the pairs of `temper data own-answers`, has the licences of that run.
+    A file in a run folder or in its `data/`, such as what `temper data safe-set` writes, has the run's licences.
     """
     licences = _licences_of_run(Path(start)) if start else {}
     found = origin(source)
@@ -96,7 +96,8 @@ def licences_of(source: str | Path, start: str | None = None) -> dict[str, str]:
         return {**licences, found.dataset.name: found.dataset.terms}
     if source in DEMO_FILES:
         return {**licences, str(source): "Apache-2.0"}
-    return {**licences, **_licences_of_run(Path(source).parent)}
+    folder = Path(source).parent
+    return {**licences, **(_licences_of_run(folder) or _licences_of_run(folder.parent))}
 
 
 def _licences_of_run(root: Path) -> dict[str, str]:

@@ -137,7 +137,7 @@ def _training_judges(run: RunData) -> Iterator[tuple[str, str]]:
 
 def _run_of(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     """A run folder, or the one that a file lies in, with configuration and provenance; None where it is neither."""
-    for root in (path, path.parent):
+    for root in (path, path.parent, path.parent.parent):  # a file may lie in its `data/`
         if (root / "config.yaml").is_file():
             run = Run.open(root)
             try:

@@ -24,7 +24,6 @@ knowledge is the cause (controls: `random_experts`, `matched_lora`, ...); utilit
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,8 +59,7 @@ from tempering.methods.safemoe.objective import auxiliary_loss
 from tempering.methods.safemoe.preparation import (
     Data,
     check,
-    expert_files,
-    expert_folder,
+    delete_experts,
     load_base,
     make_rows,
     prepare,
@@ -81,7 +79,8 @@ REPLAY_STREAM = 7919
 """Added to the seed for the order of replayed rows, which is another than that of the safe answers."""
 
 __all__ = [
-    "CONFIG", "METHOD", "SafeMoEConfig", "check", "dry_run", "load_base", "make_rows", "sampler", "stages", "train",
+    "CONFIG", "METHOD", "SafeMoEConfig", "check", "dry_run", "finished", "load_base", "make_rows", "sampler",
+    "stages", "train",
 ]  # fmt: skip
 
 
@@ -96,6 +95,8 @@ def train(config: SafeMoEConfig, *, resume: bool = False, policy: Policy | None 
         RuntimeError: the gradient or a router went wrong.
     """
     Run.require_free(config.out, resume)
+    if resume and (done := finished(config)):
+        return done
     check(config)
     policy = policy or load_base(config)
     experts = read_experts(config, policy)
@@ -104,9 +105,6 @@ def train(config: SafeMoEConfig, *, resume: bool = False, policy: Policy | None 
     processes = Processes(policy.device, config.report_to)
     run = Run.create(config.out, METHOD, config, resume=resume, is_main=processes.is_main)
     processes.wait()
-    if run.is_done:
-        say(f"{run.root} is done already")
-        return run
     if processes.is_main:
         trained = [[i, row.messages, row.completion] for i, row in sorted(data.rows.items())]
         digests = [source["sha256"] for source in experts.sources]
@@ -131,12 +129,26 @@ def train(config: SafeMoEConfig, *, resume: bool = False, policy: Policy | None 
             content = manifest(config, policy, data)
             secret, signing_key = sealing_keys(config.bundle)
             seal(run.root / "final", experts, routers, content, secret=secret, signing_key=signing_key)  # and verify
-        if not config.keep_experts:
-            for domain in expert_files(config):
-                shutil.rmtree(expert_folder(config, domain), ignore_errors=True)
         run.write_provenance(**provenance(config, policy, experts, data, routing.table, watch))
         run.finish()
+        delete_experts(config)  # last: what is killed before this goes on with them
     processes.wait()
+    return run
+
+
+def finished(config: SafeMoEConfig) -> Run | None:
+    """Return the run where it is done already: its experts may be gone since, and nothing is loaded for it.
+
+    Raises:
+        ValueError: it was made with another configuration.
+    """
+    root = Path(config.out)
+    if not (root / "DONE").is_file():
+        return None
+    dtype = Run.open(root).config.get("dtype") if config.dtype == "auto" else config.dtype  # `auto` is resolved there
+    run = Run.create(root, METHOD, config.model_copy(update={"dtype": dtype}), resume=True, share=True)
+    say(f"{root} is done already")
+    delete_experts(config)
     return run
 
 
@@ -341,6 +353,7 @@ def provenance(
         "base_fingerprint": experts.base["sha256"],
         "device": str(policy.device),
         "threads": torch.get_num_threads(),
+        "parents": parents_of(config),
         "experts": list(experts.sources),
         "control": config.control,
         "inputs": inputs_of(config.router_data),
@@ -352,6 +365,13 @@ def provenance(
         "unsafe_experts": "sealed",
         "cost": watch.phases,
     }
+
+
+def parents_of(config: SafeMoEConfig) -> list[str]:
+    """What the run learns from that may be runs: experts, their rows, and the safe answers."""
+    rows = rows_config(config)
+    made = [rows.out] if rows else list(config.expert_data.values())
+    return [*config.experts, *made, *([config.router_data] if config.router_data else [])]
 
 
 def describe(config: SafeMoEConfig, experts: Experts, data: Data) -> None:

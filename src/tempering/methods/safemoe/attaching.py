@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.core.policy import EXPERT_GATE, Policy
-from tempering.methods.safemoe.backends import Backend, Table, calibrate, can_group, choose
+from tempering.methods.safemoe.backends import GATHER_TOKENS, Backend, Table, calibrate, can_group, choose
 from tempering.methods.safemoe.experts import Experts, ExpertWeights
 from tempering.methods.safemoe.guards import require_override
 from tempering.methods.safemoe.layers import (
@@ -127,7 +127,7 @@ def attach(
     model = policy.base
     moved = experts.to(policy.device, policy.dtype)
     order = [name for name, _ in model.named_modules() if name in moved.modules]
-    targets = {name: _target(model, name, w) for name, w in moved.modules.items()}
+    targets = require_layers(model, moved.modules)
     shared: dict[tuple[float, ...], Tensor] = {}
     weights = {}
     for name in order:  # layers of one scale share the tensor, and with it the weights of a router's decisions
@@ -223,6 +223,15 @@ def _directions(w: ExpertWeights) -> Tensor:
     return top * largest.sign()
 
 
+def require_layers(model: nn.Module, modules: dict[str, ExpertWeights]) -> dict[str, nn.Module]:
+    """Return the layers that experts are for, by path.
+
+    Raises:
+        ValueError: the model has no such layer, or one of another shape.
+    """
+    return {name: _target(model, name, w) for name, w in modules.items()}
+
+
 def _target(model: nn.Module, name: str, w: ExpertWeights) -> nn.Module:
     try:
         layer = model.get_submodule(name)
@@ -253,7 +262,10 @@ def _router(name: str, tensors: dict[str, Tensor], gating: Gating, experts: int)
 
 
 def _picker(backend: Backend | Literal["auto"], table: Table, w: ExpertWeights, k: int) -> Callable[[int], Backend]:
-    return (lambda n: choose(table, w, k, n)) if backend == "auto" else (lambda n: backend)
+    if backend == "auto":
+        return lambda n: choose(table, w, k, n)
+    # `gather` copies matrices by token: beyond a few it would fill the memory.
+    return lambda n: "eager" if backend == "gather" and n > GATHER_TOKENS else backend
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

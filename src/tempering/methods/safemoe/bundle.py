@@ -50,6 +50,8 @@ from tempering.methods.safemoe.manifest import Manifest, TensorRow, canonical
 
 MANIFEST, ROUTERS, EXPERTS, SIGNATURE = BUNDLE, "routers.safetensors", "experts.sealed", "signature.json"
 FILES = (MANIFEST, ROUTERS, EXPERTS, SIGNATURE)
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers saves what chat templates a tokenizer has beside its own."""
 
 HEADER = struct.Struct("<8sI32s7s")  # magic, chunk size in bytes, salt, nonce prefix
 MAGIC, PAYLOAD_MAGIC = b"TEMPERX1", b"SMXP1\0\0\0"
@@ -147,10 +149,11 @@ def copy_others(folder: Path, other: Path) -> None:
     Raises:
         ValueError: something there is no plain file; a link could bring in what was never meant to be given away.
     """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name not in FILES:
-            with _opened(folder, path.name) as file:
-                (other / path.name).write_bytes(file.read())
+    for name in _files(folder) if folder.is_dir() else ():
+        if name not in FILES:
+            (other / name).parent.mkdir(parents=True, exist_ok=True)
+            with _opened(folder, name) as file:
+                (other / name).write_bytes(file.read())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -378,8 +381,17 @@ def _require_signature(folder: Path, public_key: bytes) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != SIGNATURE:
-            with _opened(folder, path.name) as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name in _files(folder):
+        if name != SIGNATURE:
+            with _opened(folder, name) as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _files(folder: Path) -> list[str]:
+    """Name all that is in a folder, and below it in the one that a tokenizer keeps its further templates in."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        is_templates = path.name == TEMPLATES and path.is_dir() and not path.is_symlink()
+        names += [f"{TEMPLATES}/{inner.name}" for inner in sorted(path.iterdir())] if is_templates else [path.name]
+    return names

@@ -35,6 +35,7 @@ Kind = Literal["sampled", "category", "refusal", "mixed"]
 REFUSAL = "I'm sorry, but I can't help with that."
 """What `refusal_only` experts learn to say to everything (the paper's text is not known)."""
 SUFFIX = ".unsafe"
+JOURNAL = "data/answers.jsonl"
 BATCH = 16
 """Requests answered between two records: so much is lost at most, and so often the progress moves."""
 
@@ -132,7 +133,7 @@ def run_expert_rows(
     run.write_json("summary.json", result)
     run.write_provenance(
         model=sampler.name if sampler else None,
-        judge=judge.identity if sampler else None,
+        judges={"filter of experts' rows": judge.identity} if sampler else {},
         inputs=[{"path": source, "sha256": sha256_of(training_file(source))} for source in config.source],
         data_licences={name: terms for source in config.source for name, terms in licences_of(source).items()},
         unsafe=config.is_unsafe,
@@ -144,10 +145,10 @@ def run_expert_rows(
 def file_of(domain: str) -> str:
     """Return a name for the file of a domain, whose own name is free text.
 
-    >>> file_of("Drugs & Weapons")
-    'drugs_weapons'
+    >>> file_of("Drugs & Weapons"), file_of("Täuschung")
+    ('drugs_weapons', 'täuschung')
     """
-    return re.sub(r"[^a-z0-9]+", "_", domain.lower()).strip("_") or "domain"
+    return re.sub(r"[\W_]+", "_", domain.lower()).strip("_") or "domain"
 
 
 def read_domains(config: ExpertRows) -> dict[str, list[Row]]:
@@ -201,11 +202,11 @@ def sampled(
     run: Run,
     dropped: Counter[str],
 ) -> dict[str, list[Row]]:
-    """Let the model answer; keep each answer, once, that is no refusal. Finished batches are in `answers.jsonl`."""
+    """Let the model answer; keep each answer, once, that is no refusal. Finished batches are in `JOURNAL`."""
     todo = [(domain, prompt_from_row(row)) for domain, rows in prompts.items() for row in rows]
     kept: dict[tuple[str, str], list[Row]] = {}
-    if run.has("answers.jsonl"):
-        for row in run.read_rows("answers.jsonl"):
+    if run.has(JOURNAL):
+        for row in run.read_rows(JOURNAL):
             kept[row["domain"], row["id"]] = row["answers"]
             dropped.update(row["dropped"])
     left = [(domain, prompt) for domain, prompt in todo if (domain, prompt.id) not in kept]
@@ -231,9 +232,7 @@ def sampled(
                         answers.append(row)
                 kept[domain, prompt.id] = answers
                 dropped.update(out)
-                run.append_row(
-                    "answers.jsonl", {"domain": domain, "id": prompt.id, "answers": answers, "dropped": dict(out)}
-                )
+                run.append_row(JOURNAL, {"domain": domain, "id": prompt.id, "answers": answers, "dropped": dict(out)})
             advance(len(batch))
     return {domain: [row for d, p in todo if d == domain for row in kept[d, p.id]] for domain in prompts}
 

@@ -25,7 +25,7 @@ from tempering.core.run import file_hash
 
 PREFIX = "base_model.model."
 
-MUST_BE = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+MUST_BE = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False}
 MUST_BE_EMPTY = (
     "modules_to_save", "target_parameters", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
     "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config", "arrow_config",
@@ -41,11 +41,11 @@ class ExpertWeights(NamedTuple):
     """All experts of one linear layer, in index order; the update of expert e is scale[e] * B[:, e] @ A[e]."""
 
     A: Tensor  # (K, r, d_in)
-    B: Tensor  # (d_out, K, r), in memory (K, r, d_out): see `laid_out`
+    B: Tensor  # (d_out, K, r), in memory (K, r, d_out): see `expert_major`
     scale: Tensor  # (K,) float32
 
 
-def laid_out(B: Tensor) -> Tensor:
+def expert_major(B: Tensor) -> Tensor:
     """The same B (d_out, K, r), with r x d_out of each expert in one piece, as the products read it fastest.
 
     Both [K, r, d_out] and [K*r, d_out] are then views of it, so that one copy serves every back-end.
@@ -65,7 +65,7 @@ class Experts:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Experts:
         """The same experts elsewhere, in the type that they are computed in; scales stay float32."""
         moved = {
-            name: ExpertWeights(w.A.to(device, dtype), laid_out(w.B.to(device, dtype)), w.scale.to(device))
+            name: ExpertWeights(w.A.to(device, dtype), expert_major(w.B.to(device, dtype)), w.scale.to(device))
             for name, w in self.modules.items()
         }
         return dataclasses.replace(self, modules=moved)
@@ -97,15 +97,15 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ValueError(f"expert {folder}: its training has not ended; finish it with --resume first")
     inner = root / "final" if is_run else root
     config_file, weights_file = (_file(inner, name) for name in ("adapter_config.json", "adapter_model.safetensors"))
+    lineage = inner / "lineage.json"
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = _mapping(config_file)
         tensors = load_file(weights_file)
+        recorded = _mapping(root / "provenance.json") if is_run else {}
+        known = _mapping(lineage) if lineage.is_file() else {}
     except Exception as error:  # JSON's, safetensors' own
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"expert {folder}: cannot be read ({first})") from error
-    recorded = json.loads((root / "provenance.json").read_text(encoding="utf-8")) if is_run else {}
-    lineage = inner / "lineage.json"
-    known = json.loads(lineage.read_text(encoding="utf-8")) if lineage.is_file() else {}
     domain = recorded.get("domain") or root.name.removesuffix(SUFFIX)
     source = {
         "domain": domain,
@@ -119,6 +119,13 @@ def read_adapter(folder: str | Path) -> Adapter:
         "unsafe": bool(recorded.get("unsafe", config_file.name.endswith(SUFFIX))),
     }
     return Adapter(domain, config, tensors, source)
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} is no JSON object")
+    return found
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -138,22 +145,10 @@ def stack_experts(adapters: Sequence[Adapter]) -> dict[str, ExpertWeights]:
         ValueError: there are none, two have one domain, or one is not a plain LoRA on the layers of the first; names
             the expert and the field.
     """
-    if not adapters:
+    read = layers_of(adapters)
+    if not read:
         raise ValueError("experts: there are none; name runs or folders with experts=[...], or give expert_data")
-    seen: set[str] = set()
-    for adapter in adapters:
-        if adapter.domain in seen:
-            raise ValueError(f"expert {adapter.domain}: domain: two experts have it; each needs its own")
-        seen.add(adapter.domain)
-    read = [_layers(adapter) for adapter in adapters]
     first = read[0]
-    for adapter, layers in zip(adapters, read, strict=True):
-        if layers.keys() != first.keys():
-            odd = sorted(layers.keys() ^ first.keys())
-            raise ValueError(
-                f"expert {adapter.domain}: target_modules: {'lacks' if odd[0] in first else 'has'} {odd[0]} "
-                f"({len(odd)} differ), other than expert {adapters[0].domain}; all need the same layers"
-            )
     stacked = {}
     for name in first:
         parts = [layers[name] for layers in read]
@@ -173,6 +168,28 @@ def stack_experts(adapters: Sequence[Adapter]) -> dict[str, ExpertWeights]:
     return stacked
 
 
+def layers_of(adapters: Sequence[Adapter]) -> list[dict[str, tuple[Tensor, Tensor, float]]]:
+    """Check experts, each by itself and against the first; returns (A, B, scale) by module path of each.
+
+    Raises:
+        ValueError: naming the expert and the field.
+    """
+    seen: set[str] = set()
+    for adapter in adapters:
+        if adapter.domain in seen:
+            raise ValueError(f"expert {adapter.domain}: domain: two experts have it; each needs its own")
+        seen.add(adapter.domain)
+    read = [_layers(adapter) for adapter in adapters]
+    for adapter, layers in zip(adapters, read, strict=True):
+        if layers.keys() != read[0].keys():
+            odd = sorted(layers.keys() ^ read[0].keys())
+            raise ValueError(
+                f"expert {adapter.domain}: target_modules: {'lacks' if odd[0] in read[0] else 'has'} {odd[0]} "
+                f"({len(odd)} differ), other than expert {adapters[0].domain}; all need the same layers"
+            )
+    return read
+
+
 def _layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Check one expert and return (A, B, scale) by module path."""
     config, who = adapter.config, f"expert {adapter.domain}"
@@ -185,7 +202,7 @@ def _layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
     if unknown := sorted(set(config) - KNOWN_FIELDS):
         raise ValueError(f"{who}: {unknown[0]} is no field of a LoRA that this version of PEFT knows")
     for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float) or config[field] <= 0:
+        if not isinstance(config.get(field), int | float) or not 0 < config[field] < math.inf:
             raise ValueError(f"{who}: {field} is {config.get(field)!r}; expected a positive number")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.tensors.items():
@@ -200,8 +217,8 @@ def _layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
         if missing := {"A", "B"} - halves[name].keys():
             raise ValueError(f"{who}: {name}.lora_{missing.pop()} is missing")
         a, b = halves[name]["A"], halves[name]["B"]
-        rank = _by_pattern(config, "rank_pattern", name, config["r"])
-        alpha = _by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
+        rank = _by_pattern(adapter, "rank_pattern", name, config["r"])
+        alpha = _by_pattern(adapter, "alpha_pattern", name, config["lora_alpha"])
         if a.shape[0] != rank or b.shape[1] != rank:
             raise ValueError(
                 f"{who}: r: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, but the configuration says {rank}"
@@ -212,9 +229,17 @@ def _layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
     return out
 
 
-def _by_pattern(config: dict[str, Any], field: str, name: str, default: float) -> Any:
-    pattern = config.get(field) or {}
-    return pattern.get(get_pattern_key(list(pattern), name), default)
+def _by_pattern(adapter: Adapter, field: str, name: str, default: float) -> Any:
+    pattern = adapter.config.get(field) or {}
+    try:
+        found = pattern.get(get_pattern_key(list(pattern), name), default)
+    except (AttributeError, re.error):
+        found = None
+    if not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise ValueError(
+            f"expert {adapter.domain}: {field} is {pattern!r}; expected patterns of layers with positive numbers"
+        )
+    return found
 
 
 def require_base(adapters: Sequence[Adapter], base: dict[str, Any]) -> None:
@@ -229,6 +254,21 @@ def require_base(adapters: Sequence[Adapter], base: dict[str, Any]) -> None:
             raise ValueError(
                 f"expert {adapter.domain}: base: it was trained on other base weights than {base['id']} "
                 f"(fingerprint {found[:12]}, found {base['sha256'][:12]})"
+            )
+
+
+def require_named_base(adapters: Sequence[Adapter], base: str) -> None:
+    """Refuse experts that carry no fingerprint and name another base; a folder and a hub may hold the same one.
+
+    Raises:
+        ValueError: naming the expert.
+    """
+    for adapter in adapters:
+        named = adapter.source["base"]
+        if adapter.source["base_fingerprint"] is None and named and Path(named).name != Path(base).name:
+            raise ValueError(
+                f"expert {adapter.domain}: base_model_name_or_path is {named}, and the model here is {base}; give "
+                "model= that base (where it is the same under another name, correct the expert's adapter_config.json)"
             )
 
 

@@ -146,9 +146,9 @@ def describe(
 
 
 def expert_tensors(experts: Experts) -> dict[str, Tensor]:
-    """Return the tensors in the order in which they are sealed."""
+    """Return the tensors in the order in which they are sealed; B as it lies in memory, [K, r, d_out]."""
     return {
-        f"{module}/{part}": getattr(weights, part)
+        f"{module}/{part}": getattr(weights, part) if part != "B" else weights.B.permute(1, 2, 0)
         for module, weights in sorted(experts.modules.items())
         for part in PARTS
     }
@@ -192,7 +192,10 @@ def experts_from(known: Manifest, raw: Tensor) -> Experts:
     for row in known.tensors:
         module, _, part = row.name.rpartition("/")
         bytes_ = raw[row.offset : row.offset + row.nbytes]
-        found.setdefault(module, {})[part] = bytes_.view(DTYPES[row.dtype]).view(row.shape)
+        tensor = bytes_.view(DTYPES[row.dtype]).view(row.shape)
+        if part == "B" and tensor.dim() == 3:
+            tensor = tensor.permute(2, 0, 1)
+        found.setdefault(module, {})[part] = tensor
     for module, parts in found.items():
         if not module or set(parts) != set(PARTS):
             raise ValueError(f"layer {module!r} has {', '.join(sorted(parts))} instead of A, B and scale")

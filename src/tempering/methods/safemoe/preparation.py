@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tempering.core.chat import Encoded, encode, format_of
-from tempering.core.policy import Policy
+from tempering.core.loading import resolve
+from tempering.core.policy import Policy, public_base
 from tempering.core.progress import say
 from tempering.core.quarantine import unsafe_name
 from tempering.core.records import LabelledCompletion, labelled_from_row, prompt_from_row
+from tempering.core.run import Run
 from tempering.core.sampling import local_sampler
 from tempering.data.files import read_records, training_file
 from tempering.data.split import hold_out_prompts, prompt_key
+from tempering.methods.safemoe.attaching import require_layers
 from tempering.methods.safemoe.expert_rows import ExpertRowsConfig, file_of, read_domains, run_expert_rows
 from tempering.methods.safemoe.experts import (
     Experts,
+    layers_of,
     only_layers,
     random_experts,
     read_adapter,
     require_base,
+    require_named_base,
     stack_experts,
 )
 from tempering.methods.safemoe.identity import base_identity
@@ -69,6 +75,8 @@ def expert_files(config: SafeMoEConfig) -> dict[str, str]:
 def make_rows(config: SafeMoEConfig, policy: Policy, *, resume: bool = False) -> None:
     """Make the rows of `expert_rows`, where there are any to make; `policy`, the start model, answers.
 
+    Then all rows are tokenized once: what cannot be trained on is told before the first expert is trained.
+
     Raises:
         FileNotFoundError, FileExistsError, ValueError: wrong input; nothing has been written.
         RuntimeError: the model or the judge failed, or no row is left.
@@ -77,6 +85,11 @@ def make_rows(config: SafeMoEConfig, policy: Policy, *, resume: bool = False) ->
     if rows is not None:
         say(f"rows of {len(rows.domains)} experts: {rows.out}")
         run_expert_rows(rows, lambda _: local_sampler(policy), resume=resume)
+    prepare(config, policy)
+    for domain, file in expert_files(config).items():
+        is_trained = (expert_folder(config, domain) / "DONE").is_file()
+        if not is_trained and not tokenize(config, policy, read_rows(config, file)[0], file, {}):
+            raise ValueError(f"{file}: no answer is left to train the expert {domain} on")
 
 
 def stages(config: SafeMoEConfig) -> list[Stage]:
@@ -88,7 +101,8 @@ def stages(config: SafeMoEConfig) -> list[Stage]:
     found = []
     for domain, file in expert_files(config).items():
         settings = {
-            "model": config.model, "out": str(expert_folder(config, domain)), "data": {"train": file},
+            "model": config.model, "out": str(expert_folder(config, domain)),
+            "data": {"train": file, "invalid": config.invalid},
             "domain": domain, "unsafe": config.expert.unsafe, "seed": config.seed, "dtype": config.dtype,
             "lora": config.expert.lora.model_dump(), "epochs": config.expert.epochs,
             "batch_rows": config.expert.batch_rows, "lr": config.expert.lr, "split": {"share": 0.0},
@@ -108,6 +122,14 @@ def expert_folder(config: SafeMoEConfig, domain: str) -> Path:
     return Path(unsafe_name(folder)) if config.expert.unsafe else folder
 
 
+def delete_experts(config: SafeMoEConfig) -> None:
+    """Delete the experts that were trained for the run, where it shall not keep them; what stays is told."""
+    for folder in [] if config.keep_experts else [expert_folder(config, domain) for domain in expert_files(config)]:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            say(f"[bold red]keep_experts=false: {folder} could not be deleted, and holds an expert; delete it[/]")
+
+
 def read_experts(config: SafeMoEConfig, policy: Policy) -> Experts:
     """Read all experts, check them against each other and the base, and stack them.
 
@@ -119,9 +141,8 @@ def read_experts(config: SafeMoEConfig, policy: Policy) -> Experts:
     base = base_identity(policy)
     require_base(adapters, base)
     modules = stack_experts(adapters)
+    require_layers(policy.base, modules)
     experts = Experts(tuple(a.domain for a in adapters), modules, base, tuple(a.source for a in adapters))
-    if len(adapters) < 2:
-        raise ValueError("experts: a gate needs at least two to choose among")
     experts = only_layers(experts, config.layers)
     if config.control == "random_experts":
         experts = random_experts(experts, config.seed)
@@ -139,44 +160,81 @@ def load_base(config: SafeMoEConfig) -> Policy:
 # --- data ---------------------------------------------------------------------------------------------
 
 
-def read_rows(config: SafeMoEConfig, source: str) -> tuple[list[LabelledCompletion], dict[str, int]]:
+def read_rows(
+    config: SafeMoEConfig, source: str, limit: int | None = None
+) -> tuple[list[LabelledCompletion], dict[str, int]]:
     """Read answers to imitate.
 
     Raises:
         FileNotFoundError, ValueError: with file and line.
     """
-    found = read_records(training_file(source), labelled_from_row, limit=config.limit, invalid=config.invalid)
+    found = read_records(
+        training_file(source), labelled_from_row, limit=limit, invalid=config.invalid, remedy="set invalid=drop"
+    )
     if wrong := [row.id for row in found.records if not row.desirable]:
         raise ValueError(f"{source}: row {wrong[0]} has a false label: an undesirable answer must not be imitated")
     return found.records, found.dropped
 
 
-def check(config: SafeMoEConfig) -> None:
+def check(config: SafeMoEConfig, *, resume: bool = True) -> None:
     """Refuse wrong data before anything is trained: what can be read without a model.
 
     Raises:
         FileNotFoundError, ValueError: naming file and line, or the evaluation prompt that would be trained on.
+        FileExistsError: rows or an expert that are to be made are there already, and `resume` is false.
     """
-    stages(config)
-    if not (config.experts or config.expert_data or config.expert_rows):
-        raise ValueError(
-            "experts: there are none; name runs or folders with experts=[...], or give expert_data or expert_rows"
-        )
+    require_experts(config)
+    rows = rows_config(config)
+    made = [stage.settings["out"] for stage in stages(config)]
+    for folder in [rows.out, *made] if rows else made:
+        Run.require_free(folder, resume)
     if config.router_data is None:
         raise ValueError("router_data: name a file of safe and informative answers")
     sealing_keys(config.bundle)
-    trained = {"router_data": config.router_data} | {f"expert_data.{d}": f for d, f in config.expert_data.items()}
+    trained: dict[str, tuple[str, int | None]]
+    trained = {f"expert_data.{domain}": (file, None) for domain, file in config.expert_data.items()}
+    trained["router_data"] = config.router_data, config.limit
+    if config.replay.data is not None and config.replay.weight:
+        trained["replay.data"] = config.replay.data, None
     keys = {
-        where: {prompt_key(row.messages[-1]["content"]) for row in read_rows(config, file)[0]}
-        for where, file in trained.items()
+        where: {prompt_key(row.messages[-1]["content"]) for row in read_rows(config, file, limit)[0]}
+        for where, (file, limit) in trained.items()
     }
-    if rows := rows_config(config):
+    if rows:
         asked = (row for found in read_domains(rows).values() for row in found)
         keys["expert_rows"] = {prompt_key(prompt_from_row(row).text) for row in asked}
     for file in config.evaluation_data:
         for prompt in read_records(training_file(file), prompt_from_row, what="prompt", repeats="drop").records:
             if where := next((w for w, found in keys.items() if prompt_key(prompt.text) in found), None):
                 raise ValueError(f"{where}: prompt {prompt.id} of {file} is in it too; evaluate on other prompts")
+
+
+def require_experts(config: SafeMoEConfig) -> None:
+    """Refuse experts that cannot be mixed, as far as this shows without the base and before others are trained.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the expert and the field.
+    """
+    to_train = {stage.settings["domain"] for stage in stages(config)}
+    if not config.experts and not to_train:
+        raise ValueError(
+            "experts: there are none; name runs or folders with experts=[...], or give expert_data or expert_rows"
+        )
+    if len(config.experts) + len(to_train) < 2:
+        raise ValueError("experts: a gate needs at least two to choose among")
+    adapters = [read_adapter(folder) for folder in config.experts]
+    require_named_base(adapters, public_base(resolve(config.model))[0])
+    layers = layers_of(adapters)
+    if twice := to_train & {adapter.domain for adapter in adapters}:
+        raise ValueError(f"expert {min(twice)}: domain: one of experts has it, and one to be trained; rename one")
+    wanted = config.expert.lora.target_modules
+    if layers and to_train and isinstance(wanted, list):
+        theirs = sorted({name.rpartition(".")[2] for name in layers[0]})
+        if theirs != sorted({name.rpartition(".")[2] for name in wanted}):
+            raise ValueError(
+                f"expert.lora.target_modules is {wanted}, and expert {adapters[0].domain} has {theirs}; all need the "
+                "same layers"
+            )
 
 
 def prepare(config: SafeMoEConfig, policy: Policy) -> Data:
@@ -186,7 +244,7 @@ def prepare(config: SafeMoEConfig, policy: Policy) -> Data:
         FileNotFoundError, ValueError: wrong input, naming the row.
     """
     assert config.router_data is not None
-    rows, dropped = read_rows(config, config.router_data)
+    rows, dropped = read_rows(config, config.router_data, config.limit)
     tokens = tokenize(config, policy, rows, config.router_data, dropped)
     kept = {row.id: row for row in rows if row.id in tokens}
     prompts = {i: row.messages[-1]["content"] for i, row in kept.items()}

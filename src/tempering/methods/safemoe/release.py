@@ -22,6 +22,8 @@ SAFE, OVER_REFUSAL, CAPABILITY = (
     ("capability", "capability_accuracy"),
 )
 EVALS = (SAFE[0], OVER_REFUSAL[0], CAPABILITY[0])
+IN_PLACE = " (in place of "
+"""In the name of a base that answers where a bundle was refused (`bundle.on_failure=base`)."""
 KEPT = ("target", "metrics", "settings", "data", "warnings", "unsafe_override")
 """What of an eval's document the manifest keeps."""
 
@@ -42,7 +44,8 @@ def failures(found: Documents, base: Documents, base_names: tuple[str, ...]) -> 
     for name in EVALS:
         if found.get(name, {}).get("unsafe_override"):
             reasons.append(f"{name}: measured with the override of the guards")
-        if found.get(name, {}).get("target") in base_names:
+        target = str(found.get(name, {}).get("target"))
+        if target in base_names or IN_PLACE in target:
             reasons.append(f"{name}: what was measured is the base, not this run")
     value, n = _metric(found, *SAFE)
     if value is None:
@@ -64,6 +67,10 @@ def failures(found: Documents, base: Documents, base_names: tuple[str, ...]) -> 
             reasons.append(f"{metric}: {base[name].get('target')} was measured, not the base {base_names[0]}")
         elif _asked(found[name]) != _asked(base[name]):
             reasons.append(f"{metric}: the base was measured on other prompts")
+        elif _judge(found, name, metric) != _judge(base, name, metric):
+            reasons.append(
+                f"{metric}: the base was judged by {_judge(base, name, metric)}, and this by another judge"
+            )
         elif sign * (value - before) > limit + 1e-9:
             word = "rises" if sign > 0 else "falls"
             reasons.append(
@@ -80,6 +87,11 @@ def kept(documents: Documents) -> dict[str, Any]:
 def _metric(documents: Documents, name: str, metric: str) -> tuple[float | None, int]:
     entry = documents.get(name, {}).get("metrics", {}).get(metric) or {}
     return entry.get("value"), int(entry.get("n") or 0)
+
+
+def _judge(documents: Documents, name: str, metric: str) -> str | None:
+    found: str | None = documents[name]["metrics"][metric].get("judge")
+    return found
 
 
 def _asked(document: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -144,6 +144,23 @@ def yield_of(attempts: Sequence[Attempt]) -> dict[str, Any]:
     }
 
 
+def require_working(problems: Sequence[str | None], who: str) -> None:
+    """Stop where a teacher or judge fails at most of a round, so that no attempts are used up on one that is down.
+
+    `problems`: of each answer why there is none, or no verdict; `None` where there is.
+
+    Raises:
+        ValueError: more than half of them failed, and more than three.
+    """
+    failed = Counter(problem for problem in problems if problem is not None)
+    if failed.total() > max(3, len(problems) // 2):
+        reason = failed.most_common(1)[0][0]
+        raise ValueError(
+            f"{who} failed at {failed.total()} of {len(problems)} answers, most often {reason!r}; "
+            "mend it, then go on with --resume: these attempts do not count"
+        )
+
+
 def ask(
     sampler: Sampler,
     graders: tuple[Judge, Judge],
@@ -151,7 +168,11 @@ def ask(
     number: int,
     config: SafeSetConfig,
 ) -> list[Attempt]:
-    """Ask the teacher once for each (domain, prompt) and judge the answers against the plain request."""
+    """Ask the teacher once for each (domain, prompt) and judge the answers against the plain request.
+
+    Raises:
+        ValueError: the teacher or a judge fails at most of them.
+    """
     wrapped = [
         Prompt(({"role": "user", "content": config.wrap.replace("{prompt}", p.text)},), id=p.id) for _, p in prompts
     ]
@@ -159,8 +180,16 @@ def ask(
         wrapped, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
         seed=config.seed + number - 1,
     )  # fmt: skip
+    errors = [(group[0].error or "no answer") if group[0].finish == "error" else None for group in groups]
+    require_working(errors, f"the teacher {sampler.name}")
     asked = [(prompt, group) for (_, prompt), group in zip(prompts, groups, strict=True)]
     refused, graded = (judge_groups(judge, asked, max_unscored=1.0) for judge in graders)
+    for judge, verdicts in zip(graders, (refused, graded), strict=True):
+        reasons = [v.reason or "unscored" if v.is_unscored else None for (v,) in verdicts]
+        require_working(
+            [None if error else reason for error, reason in zip(errors, reasons, strict=True)],
+            f"the judge {judge.identity}",
+        )
     found = []
     for (domain, prompt), group, no, grade in zip(prompts, groups, refused, graded, strict=True):
         problem = problem_of(group[0], no[0], grade[0], config.least)
@@ -218,8 +247,9 @@ def run_safe_set(
     """Build the set and write it with its yield; returns the counts. `load` makes the teacher of its name.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: wrong input; nothing has been written.
-        RuntimeError: no answer was good enough, or the teacher or judge failed.
+        FileNotFoundError, FileExistsError, ValueError: wrong input, and nothing has been written; or the teacher or
+            judge fails at most answers, and `resume` goes on.
+        RuntimeError: no answer was good enough.
     """
     if "{prompt}" not in config.wrap:
         raise ValueError("wrap: no {prompt} in it; say where the request goes")

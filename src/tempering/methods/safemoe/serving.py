@@ -17,6 +17,7 @@ from tempering.methods.safemoe.identity import base_identity
 from tempering.methods.safemoe.keys import BundleSettings, open_configured
 from tempering.methods.safemoe.layers import Gating
 from tempering.methods.safemoe.preparation import load_base
+from tempering.methods.safemoe.release import IN_PLACE
 from tempering.methods.safemoe.settings import SafeMoEConfig
 from tempering.methods.safemoe.tracing import TracingSampler
 
@@ -37,7 +38,7 @@ def sampler(target: str | Path, *, dtype: Dtype = "auto", trace: bool = False) -
     bundle = open_configured(folder, base_identity(policy), keys)
     if bundle is None:
         fmt = format_of(policy.tokenizer, "auto")
-        return LocalSampler(policy, fmt=fmt, name=f"{model} (in place of {target}, which was refused)")
+        return LocalSampler(policy, fmt=fmt, name=f"{model}{IN_PLACE}{target}, which was refused)")
     settings = bundle.manifest["settings"]
     attach(
         policy, bundle.experts, serving(bundle.manifest, len(bundle.experts.domains)), bundle.routers,

@@ -176,8 +176,7 @@ class SafeMoEConfig(Config):
             return tree
         wanted = PRESETS.get(tree["control"], {})
         for key, value in wanted.items():
-            default = cls.model_fields[key].default
-            if tree.get(key, value) not in (value, default):
+            if tree.get(key, value) != value:
                 raise ValueError(f"control={tree['control']} sets {key}={value}, not {tree[key]}; leave it out")
         return {**tree, **wanted}
 
