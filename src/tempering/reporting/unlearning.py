@@ -194,10 +194,14 @@ def aggregate(forgotten: float | None, retained: float | None, robust: float | N
 def _unlearned(system: System, systems: Sequence[System]) -> Unlearned:
     evals = _evals(system)
     kinds = {e.kind for e in evals}
-    levels = next((e.details["levels"] for e in evals if isinstance(e.details.get("levels"), dict)), {})
+    levels: dict[str, Any] = next(
+        (e.details["levels"] for e in evals if isinstance(e.details.get("levels"), dict)), {}
+    )
     start, now = (_value(levels.get(name)) for name in ("original", "unattacked"))
     chance = levels.get("chance")
-    is_known = start is not None and now is not None and is_number(chance)
+    forgotten = None
+    if start is not None and now is not None and chance is not None and is_number(chance):
+        forgotten = forget_norm(now, start, chance)
     each = {name: m for name in ATTACKS if (m := system.metrics.get(f"{RECOVERED}/{name}"))}
     worst = max(each, key=lambda name: -1.0 if (v := each[name].value) is None else v, default=None)
     return Unlearned(
@@ -206,7 +210,7 @@ def _unlearned(system: System, systems: Sequence[System]) -> Unlearned:
         start,
         now,
         str(levels.get("metric") or "unknown"),
-        forget_norm(now, start, chance) if is_known and start is not None and now is not None else None,
+        forgotten,
         _retained(system, _start_of(system, systems)),
         None if worst is None else (_strongest(system, worst), each[worst]),
     )
