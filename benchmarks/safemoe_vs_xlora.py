@@ -12,9 +12,9 @@ What is measured, median over --rounds of interleaved runs:
   whole text anew for each token: the longer the answer, the larger the ratio, and the wait (128 tokens: ten minutes
   a run);
 - training step: 4 rows of 256 tokens, forward, backward and AdamW on the gate alone; seconds, X-LoRA's over ours;
-- prefill: 1 x 512 and 4 x 512 tokens, seconds over the base's own (experts switched off);
+- prefill: 1 x 512 and 4 x 512 tokens, least seconds over the base's own least (experts switched off);
 - auto: what `auto` chose at each size of its grid, least seconds over the best back-end's there;
-- traces: generation with a recorder, seconds over without;
+- traces: generation with a recorder, least seconds over those without;
 - memory: peak of a process that attaches and generates, against the base's plus one copy of the experts.
 Rates are of this machine; on a CPU read the ratios.
 """
@@ -119,9 +119,10 @@ def interleaved(sides: dict[str, Callable[[], Any]], rounds: int, device: str) -
 
 
 def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Median and range of the rounds' ratios."""
+    """Median and range of the rounds' ratios, and the ratio of the least times: what other work cannot spoil."""
     found = [a / b for a, b in zip(over, under, strict=True)]
-    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
+    least = min(over) / min(under)
+    return {"median": statistics.median(found), "low": min(found), "high": max(found), "least": least}
 
 
 def generation(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -> Callable[[], Any]:
@@ -172,7 +173,6 @@ def against_xlora(options: argparse.Namespace, K: int, folder: Path) -> dict[str
     policy, device = load_ours(options), options.device
     experts = make_experts(policy, K, options.rank, folder)
     routing = attach_ours(policy, experts)
-    theirs = load_xlora(options.model, policy.dtype, device, K, folder)
     generator = torch.Generator().manual_seed(0)
     vocabulary = policy.base.config.vocab_size
 
@@ -182,9 +182,11 @@ def against_xlora(options: argparse.Namespace, K: int, folder: Path) -> dict[str
     prompts, new = tokens(8, options.prompt_tokens), options.new_tokens
     ours = generation(policy.model, prompts, new, use_cache=True)
     found: dict[str, Any] = {"K": K, "r": options.rank}
-    times = interleaved({"ours": ours, "xlora": generation(theirs, prompts, new)}, options.rounds, device)
-    found["generation"] = ratio(times["xlora"], times["ours"])
-    found["tokens_per_s"] = {n: 8 * new / statistics.median(t) for n, t in times.items()}
+    if not options.alone:
+        theirs = load_xlora(options.model, policy.dtype, device, K, folder)
+        times = interleaved({"ours": ours, "xlora": generation(theirs, prompts, new)}, options.rounds, device)
+        found["generation"] = ratio(times["xlora"], times["ours"])
+        found["tokens_per_s"] = {n: round(8 * new / statistics.median(t), 1) for n, t in times.items()}
 
     recorder = Recorder()
 
@@ -194,19 +196,19 @@ def against_xlora(options: argparse.Namespace, K: int, folder: Path) -> dict[str
         recorder.rows()
         routing.state.recorder = None
 
-    times = interleaved({"plain": ours, "traced": traced}, options.rounds, device)
+    times = interleaved({"plain": ours, "traced": traced}, max(options.rounds, 5), device)
     found["trace"] = ratio(times["traced"], times["plain"])
 
-    train = tokens(4, options.train_tokens)
-    rows = [Encoded(row.tolist(), 1) for row in train]
-    step = our_step(policy, rows)
-    theirs.train()
-    times = interleaved({"ours": step, "xlora": their_step(theirs, train)}, options.rounds, device)
-    found["training"] = ratio(times["xlora"], times["ours"])
-    found["step_s"] = {n: statistics.median(t) for n, t in times.items()}
-    del theirs
-    policy.trainable = None
-    policy.freeze()
+    if not options.alone:
+        train = tokens(4, options.train_tokens)
+        step = our_step(policy, [Encoded(row.tolist(), 1) for row in train])
+        theirs.train()
+        times = interleaved({"ours": step, "xlora": their_step(theirs, train)}, options.rounds, device)
+        found["training"] = ratio(times["xlora"], times["ours"])
+        found["step_s"] = {n: round(statistics.median(t), 2) for n, t in times.items()}
+        del theirs
+        policy.trainable = None
+        policy.freeze()
 
     found["prefill"] = {}
     for batch in (1, 4):
@@ -219,7 +221,7 @@ def against_xlora(options: argparse.Namespace, K: int, folder: Path) -> dict[str
             routing.enabled = True
 
         sides = {"routed": lambda: forward(True), "base": lambda: forward(False)}
-        times = interleaved(sides, max(options.rounds, 9), device)
+        times = interleaved(sides, max(options.rounds, 15 if batch == 1 else 7), device)
         found["prefill"][f"{batch}x{options.prefill_tokens}"] = ratio(times["routed"], times["base"])
     found["auto"] = auto_against_best(policy, routing, options)
     return found
@@ -293,14 +295,15 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
     rows = [
         (name, found[name]["median"], found["K"] < 18 or found[name]["median"] >= BARS[name])
         for name in ("generation", "training")
+        if name in found
     ]
     rows += [
-        (f"prefill {n}", r["median"], found["K"] < 18 or r["median"] <= BARS["prefill"])
+        (f"prefill {n}", r["least"], found["K"] < 18 or r["least"] <= BARS["prefill"])
         for n, r in found["prefill"].items()
     ]
     worst = max(row["ratio"] for row in found["auto"])
     rows += [("auto, worst", worst, worst <= BARS["auto"])]
-    rows += [("trace", found["trace"]["median"], found["trace"]["median"] <= BARS["trace"])]
+    rows += [("trace", found["trace"]["least"], found["trace"]["least"] <= BARS["trace"])]
     if "memory" in found:
         rows += [("memory", found["memory"]["ratio"], found["memory"]["ratio"] <= BARS["memory"])]
     return rows
@@ -318,6 +321,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--train-tokens", type=int, default=256)
     parser.add_argument("--prefill-tokens", type=int, default=512)
+    parser.add_argument("--alone", action="store_true", help="without X-LoRA: prefill, auto, traces, memory")
     parser.add_argument("--quick", action="store_true", help="K = 4, two rounds, short: does it work?")
     parser.add_argument("--memory-of", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
@@ -341,7 +345,8 @@ def main() -> None:
         if max(options.experts) == K and not options.quick:
             found["memory"] = memory(options, K)
         results.append(found)
-        print(f"\nK = {K}, r = {options.rank}: tokens/s {found['tokens_per_s']}, step {found['step_s']} s")
+        speed = f"tokens/s {found['tokens_per_s']}, step {found['step_s']} s" if not options.alone else "ours alone"
+        print(f"\nK = {K}, r = {options.rank}: {speed}")
         for name, value, is_met in verdicts(found):
             bar = BARS[name.split(",")[0].split(" ")[0]]
             print(f"  {name:18} {value:7.3f}   bar {bar:5}   {'met' if is_met else 'MISSED'}")

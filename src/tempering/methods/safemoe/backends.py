@@ -25,8 +25,9 @@ GATHER_TOKENS = 64
 """`gather` materialises N * k * r * d numbers."""
 GRID = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of tokens at which `auto` measures; the nearest one decides."""
-CALIBRATION_S = 2.0
-REPEATS = 9
+CALIBRATION_S = 3.0
+REPEATS, REPEATS_FEW = 9, 20
+"""Runs at each size; of a few tokens, where one takes microseconds, more."""
 
 
 class Dispatch:
@@ -183,7 +184,7 @@ Table = dict[str, dict[str, Backend]]
 def calibrate(weights: Sequence[ExpertWeights], k: int) -> Table:
     """Measure the back-ends once for each shape and number of tokens of `GRID`; about `CALIBRATION_S` in all.
 
-    The best of up to `REPEATS` interleaved runs: other work on the machine only ever adds time. A back-end that is
+    The best of several interleaved runs: other work on the machine only ever adds time. A back-end that is
     three times slower than the best at one size is not tried at the next; where time runs out, larger sizes take the
     choice of the largest that was measured.
     """
@@ -196,7 +197,8 @@ def calibrate(weights: Sequence[ExpertWeights], k: int) -> Table:
         best: Backend = "eager"
         for n in GRID:
             if time.perf_counter() < deadline:
-                times = time_backends(w, k, n, [b for b in usable(w, n) if b not in out], REPEATS, deadline)
+                repeats = REPEATS_FEW if n <= GATHER_TOKENS else REPEATS
+                times = time_backends(w, k, n, [b for b in usable(w, n) if b not in out], repeats, deadline)
                 best = min(times, key=lambda b: times[b])
                 out |= {b for b, t in times.items() if t > 3 * times[best]} - {"eager"}
             table[key][str(n)] = best if best != "gather" or n <= GATHER_TOKENS else "eager"
