@@ -176,7 +176,7 @@ def fits(shape: Sequence[int], fmt: str) -> bool:
 def nf4(weight: NDArray[np.float32]) -> Rounded:
     """Round to NF4 and come back; a last block that is not full is one all the same.
 
-    >>> nf4(np.array([[2.0, -2.0, 0.1, 0.9]], dtype=np.float32)).values.round(3).tolist()
+    >>> nf4(np.array([[2.0, -2.0, 0.1, 0.9]], dtype=np.float32)).values.astype(float).round(3).tolist()
     [[2.0, -2.0, 0.159, 0.881]]
     """
     values = np.array(NF4, dtype=np.float32)

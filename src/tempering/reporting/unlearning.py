@@ -185,7 +185,7 @@ def aggregate(forgotten: float | None, retained: float | None, robust: float | N
     """
     if forgotten is None or retained is None or robust is None:
         return None
-    return statistics.harmonic_mean([forgotten, retained, robust])
+    return float(statistics.harmonic_mean([forgotten, retained, robust]))
 
 
 # --- what stands in the evals -------------------------------------------------------------------------
