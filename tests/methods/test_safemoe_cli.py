@@ -74,9 +74,9 @@ def refused(code, message, *parts, expected=2):
         (["router_data=null"], ["router_data: name a file"]),
         (["router_data=ROOT/nowhere.jsonl"], ["nowhere.jsonl"]),
         (["control=nul"], ["control"]),
-        (["experts=[]", "expert_data={stone: ROOT/nowhere.jsonl}"], ["nowhere.jsonl"]),
-        (["experts=[]", "expert_rows.domains=[stone]", "expert_rows.source=ROOT/nowhere"], ["ROOT/nowhere"]),
-        (["experts=[]", "expert_rows.domains=[arson]"], ["no row of domain 'arson'", "it has "]),
+        (["experts=[]", "expert_data={stone: ROOT/nowhere.jsonl, river: ROOT/nowhere2.jsonl}"], ["nowhere.jsonl"]),
+        (["experts=[]", "expert_rows.domains=[stone, river]", "expert_rows.source=ROOT/nowhere"], ["ROOT/nowhere"]),
+        (["experts=[]", "expert_rows.domains=[arson, river]"], ["no row of domain 'arson'", "it has "]),
         (["experts=[]", "expert_rows.n=2"], ["expert_rows.domains: name the domains"]),
     ],
 )
