@@ -102,6 +102,7 @@ def test_choices_are_scored_by_the_loaded_model_with_its_adapter(
     choices = [doc["choices"] for doc in DOCS]
     base = sampler.score(questions, choices)
     policy.add_adapter("new", LoraSettings(r=2), seed=0)
+    policy.train_only("new")
     with torch.no_grad():
         for _, parameter in policy.trainable_parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
