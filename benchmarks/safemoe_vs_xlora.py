@@ -13,7 +13,7 @@ What is measured, median over --rounds of interleaved runs:
   a run);
 - training step: 4 rows of 256 tokens, forward, backward and AdamW on the gate alone; seconds, X-LoRA's over ours;
 - prefill: 1 x 512 and 4 x 512 tokens, least seconds over the base's own least (experts switched off);
-- auto: what `auto` chose at each size of its grid, least seconds over the best back-end's there;
+- auto: what `auto` chose at each size of its grid, median seconds over the best back-end's there;
 - traces: generation with a recorder, least seconds over those without;
 - memory: peak of a process that attaches and generates, against the base's plus one copy of the experts.
 Rates are of this machine; on a CPU read the ratios.
@@ -42,7 +42,7 @@ from tempering.core.chat import Encoded, collate
 from tempering.core.loading import load_base, pick_dtype, quiet_libraries, resolve
 from tempering.core.policy import EXPERT_GATE, Policy
 from tempering.methods.safemoe.attaching import attach, initial_routers
-from tempering.methods.safemoe.backends import GRID, shape_key, time_backends, usable
+from tempering.methods.safemoe.backends import GRID, time_all
 from tempering.methods.safemoe.experts import Adapter, Experts, stack_experts
 from tempering.methods.safemoe.layers import Gating
 from tempering.methods.safemoe.tracing import Recorder
@@ -50,6 +50,8 @@ from tempering.methods.safemoe.tracing import Recorder
 TARGETS = ("gate_proj", "up_proj", "down_proj")
 BARS = {"generation": 5.0, "training": 2.0, "prefill": 1.35, "auto": 1.1, "trace": 1.05, "memory": 1.25}
 """At least, for the first two; at most, for the others."""
+AUTO_S = 20.0
+"""Seconds of measuring the back-ends, several times what `auto` itself takes."""
 
 
 def make_experts(policy: Policy, K: int, r: int, folder: Path) -> Experts:
@@ -229,18 +231,15 @@ def against_xlora(options: argparse.Namespace, K: int, folder: Path) -> dict[str
 
 def auto_against_best(policy: Policy, routing: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """At each size of the grid: what `auto` chose, and its seconds over those of the best back-end now."""
-    rows, shapes = [], {}
-    for name in routing.experts.modules:
-        w = policy.base.get_submodule(name).weights
-        shapes[shape_key(w, 2)] = w
-    for key, w in shapes.items():
-        for n in GRID if not options.quick else GRID[:4]:
-            seconds = time_backends(w, 2, n, usable(w, n), max(options.rounds, 15 if n < 1024 else 5))
-            chosen, best = routing.table[key][str(n)], min(seconds, key=lambda b: seconds[b])
-            rows.append({
-                "shape": key, "tokens": n, "auto": chosen, "best": best, "ratio": seconds[chosen] / seconds[best],
-                "us": {b: round(s * 1e6, 1) for b, s in seconds.items()},
-            })  # fmt: skip
+    rows = []
+    weights = [policy.base.get_submodule(name).weights for name in routing.experts.modules]
+    sizes, seconds = (GRID[:4], 1.0) if options.quick else (GRID, AUTO_S)
+    for (key, n), times in time_all(weights, 2, sizes, seconds).items():
+        chosen, best = routing.table[key][str(n)], min(times, key=lambda b: times[b])
+        rows.append({
+            "shape": key, "tokens": n, "auto": chosen, "best": best, "ratio": times[chosen] / times[best],
+            "us": {b: round(s * 1e6, 1) for b, s in times.items()},
+        })  # fmt: skip
     return rows
 
 

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from tempering.core.stats import (
     bootstrap_mean,
     correct_rate,
+    information_test,
     mcnemar,
+    mutual_information,
     paired_bootstrap,
     paired_fractions,
     separation,
     spearman,
+    switch_rate,
     wilson,
 )
 
@@ -352,3 +355,21 @@ def test_mcnemar_by_hand():
     assert (found.difference, found.p_value) == (pytest.approx(5 / 12), pytest.approx(0.125))
     swapped = mcnemar(b, a)
     assert (swapped.low, swapped.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
+
+
+def test_information_is_zero_for_identical_rows_and_ln_d_for_disjoint_experts():
+    assert mutual_information([[3, 1, 2], [6, 2, 4]]) == pytest.approx(0)
+    assert mutual_information(np.eye(5) * 7) == pytest.approx(math.log(5))
+
+
+def test_the_permutation_test_tells_dependence_from_chance():
+    counts = np.tile([[9, 1], [1, 9]], (10, 1))
+    found, p = information_test(counts, ["a", "b"] * 10)
+    assert found == pytest.approx(mutual_information([[90, 10], [10, 90]])) and p < 0.01
+    assert information_test(counts, ["a", "a", "b", "b"] * 5)[1] > 0.5
+
+
+def test_switch_rate_by_hand():
+    assert switch_rate([1, 1, 2, 1]) == pytest.approx(2 / 3)
+    assert switch_rate([[0, 1], [0, 2]]) == pytest.approx(0.5)
+    assert math.isnan(switch_rate([1]))

@@ -1,7 +1,5 @@
 """Statistics of routing against the paper's figures and by hand, and traces against a second pass."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,12 +11,9 @@ from tempering.methods.safemoe import tracing
 from tempering.methods.safemoe.tracing import (
     TracingSampler,
     effective_experts,
-    information_test,
     load_entropy,
     load_of,
-    mutual_information,
     read_trace,
-    switch_rate,
     usage_of,
 )
 
@@ -62,24 +57,6 @@ def test_shares_count_selections_or_weigh_them():
     idx, w = np.array([[[0, 1]], [[0, 2]]]), np.array([[[0.75, 0.25]], [[0.5, 0.5]]])
     assert usage_of(idx, 4).tolist() == [0.5, 0.25, 0.25, 0]
     assert usage_of(idx, 4, w).tolist() == [0.625, 0.125, 0.25, 0]
-
-
-def test_information_is_zero_for_identical_rows_and_ln_d_for_disjoint_experts():
-    assert mutual_information([[3, 1, 2], [6, 2, 4]]) == pytest.approx(0)
-    assert mutual_information(np.eye(5) * 7) == pytest.approx(math.log(5))
-
-
-def test_the_permutation_test_tells_dependence_from_chance():
-    counts = np.tile([[9, 1], [1, 9]], (10, 1))
-    found, p = information_test(counts, ["a", "b"] * 10)
-    assert found == pytest.approx(mutual_information([[90, 10], [10, 90]])) and p < 0.01
-    assert information_test(counts, ["a", "a", "b", "b"] * 5)[1] > 0.5
-
-
-def test_switch_rate_by_hand():
-    assert switch_rate([1, 1, 2, 1]) == pytest.approx(2 / 3)
-    assert switch_rate([[0, 1], [0, 2]]) == pytest.approx(0.5)
-    assert math.isnan(switch_rate([1]))
 
 
 def asked(*texts):

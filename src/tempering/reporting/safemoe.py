@@ -151,15 +151,23 @@ def expert_shares(trace: Trace) -> tuple[list[str], Any]:
     return domains, counts / np.where(totals == 0, 1, totals)
 
 
-def information(shares: Any) -> float:
-    """MI(domain; expert) in nats, all domains alike likely: 0 where they use experts alike.
+def by_prompt(trace: Trace, experts: int) -> Any:
+    """Selections of each expert in each row of the trace, (P, K)."""
+    found = np.zeros((len(trace.rows), experts))
+    np.add.at(found, (np.repeat(trace.row, trace.idx[0].size), trace.idx.ravel()), 1)
+    return found
 
-    sum_d 1/D sum_e p(e|d) ln(p(e|d) / p(e))
-    """
-    mean = shares.mean(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(shares > 0, shares * np.log(shares / mean), 0.0)
-    return float(terms.sum(1).mean())
+
+def routing_facts(trace: Trace) -> str:
+    """MI(domain; expert) with its p-value, domains permuted over prompts, and how often the first expert changes."""
+    domains = [str(row.get("domain") or "unknown") for row in trace.rows]
+    counts = by_prompt(trace, int(trace.idx.max()) + 1)
+    rows = [i for i in range(len(domains)) if counts[i].any()]
+    mi, p = stats.information_test(counts[rows], [domains[i] for i in rows])
+    rates = [stats.switch_rate(trace.idx[trace.row == i][:, :, 0]) for i in rows]
+    known = [rate for rate in rates if not np.isnan(rate)]
+    switches = f", switch rate {np.mean(known):.2f}" if known else ""
+    return f"MI {mi:.3f} nats (p {p:.3f}, {len(rows)} prompts){switches}"
 
 
 def gate_plots(root: Path, config: Mapping[str, Any], steps: Sequence[Row], prefix: str = "") -> list[str]:
@@ -184,7 +192,7 @@ def gate_plots(root: Path, config: Mapping[str, Any], steps: Sequence[Row], pref
             continue
         domains, shares_ = expert_shares(trace)
         names = expert_names(config, shares_.shape[1])
-        title = f"Experts by domain of the request, {name}: MI {information(shares_):.3f} nats"
+        title = f"Experts by domain of the request, {name}: {routing_facts(trace)}"
         drawn.append(plots.heat_plot(f"{prefix}experts-{number}", title, domains, names, shares_))
         layers = np.stack(
             [

@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import cycle
+from statistics import median
 from typing import Literal
 
 import torch
@@ -26,8 +28,8 @@ GATHER_TOKENS = 64
 GRID = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of tokens at which `auto` measures; the nearest one decides."""
 CALIBRATION_S = 3.0
-REPEATS, REPEATS_FEW = 9, 20
-"""Runs at each size; of a few tokens, where one takes microseconds, more."""
+PASSES = 3
+"""Over all sizes: a machine's speed changes from second to second, and with it which back-end is ahead."""
 
 
 class Dispatch:
@@ -181,53 +183,70 @@ Table = dict[str, dict[str, Backend]]
 """shape key -> number of tokens -> the fastest back-end"""
 
 
-def calibrate(weights: Sequence[ExpertWeights], k: int) -> Table:
-    """Measure the back-ends once for each shape and number of tokens of `GRID`; about `CALIBRATION_S` in all.
-
-    The best of several interleaved runs: other work on the machine only ever adds time. A back-end that is
-    three times slower than the best at one size is not tried at the next; where time runs out, larger sizes take the
-    choice of the largest that was measured.
-    """
-    shapes = {shape_key(w, k): w for w in weights}
+def calibrate(weights: Sequence[ExpertWeights], k: int, seconds: float = CALIBRATION_S) -> Table:
+    """Measure which back-end is fastest for each shape and number of tokens of `GRID`, in about so many seconds."""
     table: Table = {}
-    for key, w in shapes.items():
-        deadline = time.perf_counter() + CALIBRATION_S / len(shapes)
-        table[key] = {}
-        out: set[Backend] = set()
-        best: Backend = "eager"
-        for n in GRID:
-            if time.perf_counter() < deadline:
-                repeats = REPEATS_FEW if n <= GATHER_TOKENS else REPEATS
-                times = time_backends(w, k, n, [b for b in usable(w, n) if b not in out], repeats, deadline)
-                best = min(times, key=lambda b: times[b])
-                out |= {b for b, t in times.items() if t > 3 * times[best]} - {"eager"}
-            table[key][str(n)] = best if best != "gather" or n <= GATHER_TOKENS else "eager"
+    for (key, n), times in time_all(weights, k, GRID, seconds).items():
+        table.setdefault(key, {})[str(n)] = min(times, key=lambda b: times[b])
     return table
 
 
+def time_all(
+    weights: Sequence[ExpertWeights], k: int, sizes: Sequence[int], seconds: float
+) -> dict[tuple[str, int], dict[Backend, float]]:
+    """Median seconds of each back-end for each shape and number of tokens.
+
+    A few runs at the largest sizes, hundreds of a few tokens, where one takes microseconds and varies by half. After
+    the first of `PASSES` a back-end that takes more than twice as long as the best of its size is left alone.
+    """
+    layers: dict[str, list[ExpertWeights]] = {}
+    for w in weights:
+        layers.setdefault(shape_key(w, k), []).append(w)
+    weight = {n: 1 if n <= GATHER_TOKENS else 3 for n in sizes}  # of time: long runs need more of it
+    share = seconds / PASSES / len(layers) / sum(weight.values())
+    runs: dict[tuple[str, int], dict[Backend, list[float]]] = {}
+    for _ in range(PASSES):
+        for key, alike in layers.items():
+            for n in sizes:
+                found = runs.setdefault((key, n), {name: [] for name in usable(alike[0], n)})
+                best = min((median(times) for times in found.values() if times), default=0.0)
+                names = [name for name, times in found.items() if not times or median(times) <= 2 * best]
+                for name, times in time_backends(alike, k, n, names, share * weight[n]).items():
+                    found[name] += times
+    return {size: {name: median(times) for name, times in found.items()} for size, found in runs.items()}
+
+
 def time_backends(
-    w: ExpertWeights, k: int, tokens: int, names: Sequence[Backend], repeats: int, deadline: float = float("inf")
-) -> dict[Backend, float]:
-    """Least seconds of each back-end for one linear layer and so many tokens, in turn; at least one run each."""
+    layers: Sequence[ExpertWeights], k: int, tokens: int, names: Sequence[Backend], seconds: float
+) -> dict[Backend, list[float]]:
+    """Seconds of runs of each back-end for one linear layer and so many tokens, in turn; at least one run each.
+
+    Each run takes the next of the layers, as a model does: the same one again would find its experts in the cache.
+    """
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, w.A.shape[2], generator=generator).to(w.A.device, w.A.dtype)
-    K = len(w.scale)
-    idx = torch.rand(tokens, K, generator=generator).argsort(1)[:, :k].to(w.A.device)
+    like = layers[0]
+    x = torch.randn(tokens, like.A.shape[2], generator=generator).to(like.A.device, like.A.dtype)
+    K = len(like.scale)
+    idx = torch.rand(tokens, K, generator=generator).argsort(1)[:, :k].to(like.A.device)
     weight = torch.full_like(idx, 1, dtype=torch.float32) / k
-    out = x.new_zeros(tokens, w.B.shape[0])
-    seconds: dict[Backend, list[float]] = {name: [] for name in names}
+    out = x.new_zeros(tokens, like.B.shape[0])
+    found: dict[Backend, list[float]] = {name: [] for name in names}
+    following = cycle(layers)
     with torch.no_grad():
-        for turn in range(repeats + 1):
+        for name in names:  # to warm up
+            BACKENDS[name](x, Dispatch(idx, weight, K), next(following), out)
+        deadline = time.perf_counter() + seconds
+        while not found[names[-1]] or time.perf_counter() < deadline:
             for name in names:
+                w = next(following)
                 start = time.perf_counter()
                 BACKENDS[name](x, Dispatch(idx, weight, K), w, out)
                 if x.is_cuda:
                     torch.cuda.synchronize()
-                if turn or time.perf_counter() > deadline:  # the first turn warms up
-                    seconds[name].append(time.perf_counter() - start)
-            if all(seconds.values()) and time.perf_counter() > deadline:
-                break
-    return {name: min(found) for name, found in seconds.items()}
+                found[name].append(time.perf_counter() - start)
+            # With as many layers as a multiple of the back-ends, each would meet its own layers only.
+            next(following)
+    return found
 
 
 def choose(table: Table, w: ExpertWeights, k: int, tokens: int) -> Backend:

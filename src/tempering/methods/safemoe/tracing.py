@@ -78,41 +78,6 @@ def load_of(shares: ArrayLike) -> Load:
     return Load(entropy, normalised, effective_experts(a), float(a.max() * K), tuple(alarms))
 
 
-def mutual_information(counts: ArrayLike) -> float:
-    """MI(domain; expert) in nats of counts (D, K): sum p(d) p(e|d) ln[p(e|d) / p(e)] with p(d) = 1/D.
-
-    0 where all rows are alike; ln D where no two domains share an expert.
-    """
-    given = np.asarray(counts, dtype=float)
-    given = given / given.sum(1, keepdims=True)
-    marginal = given.mean(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(given > 0, given * np.log(given / marginal), 0.0)
-    return float(terms.sum(1).mean())
-
-
-def information_test(
-    by_prompt: ArrayLike, domains: Sequence[str], permutations: int = 200, seed: int = 0
-) -> tuple[float, float]:
-    """MI of counts by prompt (P, K), and its p-value: domains are permuted over prompts, so prompts stay whole."""
-    counts, labels = np.asarray(by_prompt, dtype=float), np.asarray(domains)
-    names = np.unique(labels)
-
-    def statistic(order: NDArray[Any]) -> float:
-        return mutual_information(np.stack([counts[order == name].sum(0) for name in names]))
-
-    found = statistic(labels)
-    generator = np.random.default_rng(seed)
-    chance = [statistic(generator.permutation(labels)) for _ in range(permutations)]
-    return found, (1 + sum(value >= found - 1e-12 for value in chance)) / (permutations + 1)
-
-
-def switch_rate(top: ArrayLike) -> float:
-    """Share of adjacent tokens, (T,) or (T, R), whose first expert differs; NaN below two tokens."""
-    top = np.asarray(top)
-    return float((top[1:] != top[:-1]).mean()) if len(top) > 1 else math.nan
-
-
 def training_row(found: Sequence[dict[str, Statistics]], experts: int) -> dict[str, Any]:
     """What `metrics.jsonl` says of the routing of one optimiser step, over all routers and its micro-batches."""
     parts = [statistics for micro in found for statistics in micro.values()]
