@@ -14,7 +14,15 @@ from tempering.core.policy import EXPERT_GATE, Policy
 from tempering.core.records import Prompt
 from tempering.core.sampling import LocalSampler
 from tempering.methods.safemoe.attaching import attach, initial_routers
-from tempering.methods.safemoe.backends import BACKENDS, Dispatch, calibrate, can_group, choose, usable
+from tempering.methods.safemoe.backends import (
+    BACKENDS,
+    GROUPED_BYTES,
+    Dispatch,
+    calibrate,
+    can_group,
+    choose,
+    usable,
+)
 from tempering.methods.safemoe.experts import (
     Experts,
     ExpertWeights,
@@ -678,7 +686,14 @@ def test_auto_measures_each_shape_once_and_takes_the_nearest_size(tiny_policy):
     key = next(iter(table))
     table[key] |= {"4": "fused", "16": "gather"}
     assert (choose(table, w, 2, 7), choose(table, w, 2, 9)) == ("fused", "gather")
-    assert "gather" not in usable(w, 65)
+    assert "gather" in usable(w, 2, 64) and "gather" not in usable(w, 2, 65)
+
+
+def test_a_product_that_the_allocator_would_ask_the_system_for_is_not_made_whole():
+    _, _, w = one_layer()
+    fits = GROUPED_BYTES // (2 * max(w.A.shape[2], w.B.shape[0]) * w.A.element_size()) - 1
+    assert ("grouped" in usable(w, 2, fits)) == can_group(w)
+    assert "grouped" not in usable(w, 2, 2 * fits)
 
 
 def test_auto_computes_the_same_function(tiny_policy):

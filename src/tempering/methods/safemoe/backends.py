@@ -25,9 +25,14 @@ Backend = Literal["eager", "fused", "gather", "grouped"]
 
 GATHER_TOKENS = 64
 """`gather` materialises N * k * r * d numbers."""
+GROUPED_BYTES = 32 * 2**20
+"""`grouped` keeps all products at once. On a CPU the allocator asks the system anew for each block beyond this, and
+whether that costs a third of the time or none changes from one minute to the next."""
 GRID = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of tokens at which `auto` measures; the nearest one decides."""
 CALIBRATION_S = 3.0
+MAX_RUNS = 100
+"""Of one size in one pass: more say no more of it."""
 PASSES = 3
 """Over all sizes: a machine's speed changes from second to second, and with it which back-end is ahead."""
 
@@ -163,12 +168,13 @@ def can_group(w: ExpertWeights) -> bool:
     return True
 
 
-def usable(w: ExpertWeights, tokens: int) -> list[Backend]:
-    """The back-ends that can compute so many tokens with these experts."""
+def usable(w: ExpertWeights, k: int, tokens: int) -> list[Backend]:
+    """The back-ends that can compute so many tokens, k experts each, and whose speed can be relied on."""
     found: list[Backend] = ["eager", "fused"]
     if tokens <= GATHER_TOKENS:
         found.append("gather")
-    if can_group(w):
+    fits = tokens * k * max(w.A.shape[2], w.B.shape[0]) * w.A.element_size() < GROUPED_BYTES
+    if can_group(w) and (fits or w.A.is_cuda):
         found.append("grouped")
     return found
 
@@ -208,7 +214,7 @@ def time_all(
     for _ in range(PASSES):
         for key, alike in layers.items():
             for n in sizes:
-                found = runs.setdefault((key, n), {name: [] for name in usable(alike[0], n)})
+                found = runs.setdefault((key, n), {name: [] for name in usable(alike[0], k, n)})
                 best = min((median(times) for times in found.values() if times), default=0.0)
                 names = [name for name, times in found.items() if not times or median(times) <= 2 * best]
                 for name, times in time_backends(alike, k, n, names, share * weight[n]).items():
@@ -236,7 +242,7 @@ def time_backends(
         for name in names:  # to warm up
             BACKENDS[name](x, Dispatch(idx, weight, K), next(following), out)
         deadline = time.perf_counter() + seconds
-        while not found[names[-1]] or time.perf_counter() < deadline:
+        while not found[names[-1]] or (time.perf_counter() < deadline and len(found[names[-1]]) < MAX_RUNS):
             for name in names:
                 w = next(following)
                 start = time.perf_counter()
