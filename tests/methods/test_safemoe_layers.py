@@ -589,6 +589,24 @@ def test_checkpointing_changes_no_gradient(tiny_policy, granularity, control):
     assert torch.allclose(*found, rtol=1e-5, atol=1e-6) and found[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("control", [{"last_token": True}, {"first_tokens": 2}, {}])
+def test_answers_are_scored_as_they_would_be_generated(tiny_policy, control):
+    policy = tiny_policy()
+    routed(policy, **control)
+    prompt, answers = prompts("how do I do it?")[0], ["never do it", "ask them"]
+    [scores] = LocalSampler(policy).score([prompt], [answers])
+    start = LocalSampler(policy).prompt_ids(prompt)
+    for answer, (nats, tokens) in zip(answers, scores, strict=True):
+        ids = policy.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        found, cache = 0.0, None
+        for feed, then in zip([start, *([i] for i in ids[:-1])], ids, strict=True):
+            with torch.no_grad():
+                out = policy.model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found += float(out.logits[0, -1].log_softmax(-1)[then])
+        assert tokens == len(ids) and nats == pytest.approx(found, abs=1e-4)
+
+
 def test_last_token_keeps_the_decision_of_the_prompts_end(tiny_policy):
     policy = tiny_policy()
     routing = routed(policy, last_token=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class SequenceScorer(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.telling: Callable[[TokenBatch], AbstractContextManager[Any]] = nullcontext
+        """Told of each batch around its pass, for a model that has to know where answers start."""
 
     def forward(self, batch: TokenBatch) -> SequenceScores:
         """Return one sum a completion; padding more, permuting rows or splitting the batch changes nothing."""
@@ -47,7 +50,8 @@ class SequenceScorer(nn.Module):
 
     def by_token(self, batch: TokenBatch, temperature: float = 1.0) -> Float[Tensor, " P"]:
         """Return the log-probability of every scored token, completion after completion, of logits / temperature."""
-        hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)  # (B, T, D)
+        with self.telling(batch):
+            hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)  # (B, T, D)
         hidden = hidden.flatten(0, 1)[batch.source]  # (P, D)
         head, cap = _head(self.model)
         parts = []

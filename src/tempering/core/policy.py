@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ class Policy:
         self.trainable: str | None = None
         self.routing: Any = None
         """Experts that a gate mixes per token (`methods/safemoe`): the newest adapter while they are attached. Has
-        `enabled`, `is_loose`, `detach()`, and `refuse(operation)` for what would let an expert act without it."""
+        `enabled`, `is_loose`, `scoring(batch)`, `detach()`, and `refuse(operation)` for what would let an expert act
+        without it."""
         self.lineage: dict[str, Any] = {}
         """What the adapter or the exported weights that were loaded say of their origin (`lineage.json`)."""
         self._scorer = SequenceScorer(model)
@@ -208,6 +209,7 @@ class Policy:
     def set_routing(self, routing: Any) -> None:
         """Take routed experts, attached to this model just now, as the newest adapter; frozen until `train_only`."""
         self.routing = routing
+        self._scorer.telling = routing.scoring
         self.adapters.append(EXPERT_GATE)
         self.freeze()
 
@@ -355,7 +357,7 @@ class Policy:
         """Take all adapters and edits off; what is left is the base, bit for bit."""
         if self.routing is not None:
             self.routing.detach()
-            self.routing = None
+            self.routing, self._scorer.telling = None, nullcontext
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
         self.revert_edit()

@@ -6,12 +6,14 @@ A router is a part of the module whose input it reads; the experts stand where t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tempering.core.chat import TokenBatch
 from tempering.core.policy import EXPERT_GATE, Policy
 from tempering.methods.safemoe.backends import GATHER_TOKENS, Backend, Table, calibrate, can_group, choose
 from tempering.methods.safemoe.experts import Experts, ExpertWeights
@@ -54,6 +56,10 @@ class Routing:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self.state.enabled = value
+
+    def scoring(self, batch: TokenBatch) -> AbstractContextManager[None]:
+        """Tell the routers where the answers of a batch start, for switches that depend on it."""
+        return self.state.scoring(batch)
 
     def refuse(self, operation: str) -> None:
         """Refuse what would let an expert act without its gate.

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tempering.core.chat import TokenBatch
 from tempering.core.policy import EXPERT_GATE
 from tempering.methods.safemoe.backends import BACKENDS, Backend, Dispatch
 from tempering.methods.safemoe.experts import ExpertWeights
@@ -144,6 +145,7 @@ class RoutingState:
     held: dict[str, Dispatch] = field(default_factory=dict)
     """`last_token`: each row's decision at the last prompt position, reused by cached passes."""
     pins: Tensor | None = None  # (B,) `last_token`: that position, in a pass that is not cached
+    late: Tensor | None = None  # (B, T) bool `first_tokens`: answer tokens beyond them, in a pass that is not cached
     routes: dict[str, Route] | None = None
     """A dict while a loss reads the logits (`watching_logits`)."""
     statistics: dict[str, Statistics] | None = None
@@ -152,7 +154,7 @@ class RoutingState:
     """Told (`begin`, `decide`) about every pass that keeps no gradient; see `tracing.Recorder`."""
     step: int = 0
     shape: tuple[int, int] = (0, 0)
-    _given: tuple[Tensor | None, Tensor | None] = (None, None)
+    _given: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     _latest: Dispatch | None = None
 
     @property
@@ -163,7 +165,26 @@ class RoutingState:
     @contextmanager
     def batch(self, valid: Tensor | None = None, pins: Tensor | None = None) -> Iterator[None]:
         """Say what a batch without an attention mask cannot: its valid tokens, and where each row's answer starts."""
-        before, self._given = self._given, (valid, pins)
+        before, self._given = self._given, (valid, pins, None)
+        try:
+            yield
+        finally:
+            self._given = before
+
+    @contextmanager
+    def scoring(self, batch: TokenBatch) -> Iterator[None]:
+        """Say of whole answers, which no cached pass continues, where each starts; nothing where `batch` has."""
+        if self._given[1] is not None:
+            yield
+            return
+        B, T = batch.ids.shape
+        last = torch.full((B,), T - 1, device=batch.source.device)  # position that predicts the first scored token
+        pins = last.scatter_reduce(0, batch.source // T, batch.source % T, "amin")
+        late = None
+        if self.gating.first_tokens is not None:
+            place = torch.arange(T, device=pins.device).expand(B, T) if batch.positions is None else batch.positions
+            late = place - place.gather(1, pins[:, None]) >= self.gating.first_tokens
+        before, self._given = self._given, (self._given[0], pins, late)
         try:
             yield
         finally:
@@ -172,7 +193,7 @@ class RoutingState:
     def begin(self, ids: Tensor | None, shape: tuple[int, int], mask: Tensor | None, past: int) -> None:
         """Start a forward pass over (B, T) new tokens, `past` of each row being cached."""
         self.shape = shape
-        valid, self.pins = self._given
+        valid, self.pins, self.late = self._given
         if valid is None and mask is not None and mask.dim() == 2:
             valid = mask[:, -shape[1] :].bool()
         self.valid = valid
@@ -191,6 +212,8 @@ class RoutingState:
             found = Route(self.static.idx.expand(n, -1), self.static.w.expand(n, -1), found.z)
         elif self.gating.last_token:
             found = self._hold(name, found)
+        if self.late is not None:
+            found = found._replace(w=found.w.masked_fill(self.late.flatten()[:, None], 0.0))
         if self.routes is not None:
             self.routes[name] = found
         if self.statistics is not None:
