@@ -13,7 +13,8 @@ What is measured, median over --rounds of interleaved runs:
   a run);
 - training step: 4 rows of 256 tokens, forward, backward and AdamW on the gate alone; seconds, X-LoRA's over ours;
 - prefill: 1 x 512 and 4 x 512 tokens, least seconds over the base's own least (experts switched off);
-- auto: what `auto` chose at each size of its grid, median seconds over the best back-end's there;
+- auto: what `auto` chose at each size of its grid, median seconds over the best
+  back-end's there;
 - traces: generation with a recorder, least seconds over those without;
 - memory: peak of a process that attaches and generates, against the base's plus one copy of the experts.
 Rates are of this machine; on a CPU read the ratios.
@@ -234,7 +235,8 @@ def auto_against_best(policy: Policy, routing: Any, options: argparse.Namespace)
     rows = []
     weights = [policy.base.get_submodule(name).weights for name in routing.experts.modules]
     sizes, seconds = (GRID[:4], 1.0) if options.quick else (GRID, AUTO_S)
-    for (key, n), times in time_all(weights, 2, sizes, seconds).items():
+    for (key, n), passes in time_all(weights, 2, sizes, seconds).items():
+        times = {b: statistics.median([of[b] for of in passes if b in of]) for b in passes[0]}
         chosen, best = routing.table[key][str(n)], min(times, key=lambda b: times[b])
         rows.append({
             "shape": key, "tokens": n, "auto": chosen, "best": best, "ratio": times[chosen] / times[best],

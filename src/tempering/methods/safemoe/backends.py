@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import cycle
-from statistics import median
+from statistics import fmean, median
 from typing import Literal
 
 import torch
@@ -30,10 +30,10 @@ GROUPED_BYTES = 32 * 2**20
 whether that costs a third of the time or none changes from one minute to the next."""
 GRID = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of tokens at which `auto` measures; the nearest one decides."""
-CALIBRATION_S = 3.0
+CALIBRATION_S = 5.0
 MAX_RUNS = 100
 """Of one size in one pass: more say no more of it."""
-PASSES = 3
+PASSES = 5
 """Over all sizes: a machine's speed changes from second to second, and with it which back-end is ahead."""
 
 
@@ -190,17 +190,30 @@ Table = dict[str, dict[str, Backend]]
 
 
 def calibrate(weights: Sequence[ExpertWeights], k: int, seconds: float = CALIBRATION_S) -> Table:
-    """Measure which back-end is fastest for each shape and number of tokens of `GRID`, in about so many seconds."""
+    """Measure which back-end to take for each shape and number of tokens of `GRID`, in about so many seconds."""
     table: Table = {}
-    for (key, n), times in time_all(weights, k, GRID, seconds).items():
-        table.setdefault(key, {})[str(n)] = min(times, key=lambda b: times[b])
+    for (key, n), passes in time_all(weights, k, GRID, seconds).items():
+        table.setdefault(key, {})[str(n)] = least_regret(passes)
     return table
+
+
+def least_regret(passes: Sequence[dict[Backend, float]]) -> Backend:
+    """The back-end that took the least, as a multiple of each pass's best and on average over the passes.
+
+    Which is ahead changes with the machine's state: the one that is a little behind in each state is preferred to the
+    one that is far behind in some. Only those measured in every pass.
+
+    >>> least_regret([{"fused": 1.0, "eager": 1.05}, {"fused": 1.3, "eager": 1.0}, {"fused": 1.0, "eager": 1.05}])
+    'eager'
+    """
+    everywhere = [name for name in passes[-1] if all(name in times for times in passes)]
+    return min(everywhere, key=lambda name: fmean(times[name] / min(times.values()) for times in passes))
 
 
 def time_all(
     weights: Sequence[ExpertWeights], k: int, sizes: Sequence[int], seconds: float
-) -> dict[tuple[str, int], dict[Backend, float]]:
-    """Median seconds of each back-end for each shape and number of tokens.
+) -> dict[tuple[str, int], list[dict[Backend, float]]]:
+    """Median seconds of each back-end for each shape and number of tokens, by pass.
 
     A few runs at the largest sizes, hundreds of a few tokens, where one takes microseconds and varies by half. After
     the first of `PASSES` a back-end that takes more than twice as long as the best of its size is left alone.
@@ -210,16 +223,18 @@ def time_all(
         layers.setdefault(shape_key(w, k), []).append(w)
     weight = {n: 1 if n <= GATHER_TOKENS else 3 for n in sizes}  # of time: long runs need more of it
     share = seconds / PASSES / len(layers) / sum(weight.values())
-    runs: dict[tuple[str, int], dict[Backend, list[float]]] = {}
+    found: dict[tuple[str, int], list[dict[Backend, float]]] = {}
     for _ in range(PASSES):
         for key, alike in layers.items():
             for n in sizes:
-                found = runs.setdefault((key, n), {name: [] for name in usable(alike[0], k, n)})
-                best = min((median(times) for times in found.values() if times), default=0.0)
-                names = [name for name, times in found.items() if not times or median(times) <= 2 * best]
-                for name, times in time_backends(alike, k, n, names, share * weight[n]).items():
-                    found[name] += times
-    return {size: {name: median(times) for name, times in found.items()} for size, found in runs.items()}
+                passes = found.setdefault((key, n), [])
+                names = usable(alike[0], k, n)
+                if passes:
+                    best = min(passes[-1].values())
+                    names = [name for name in names if passes[-1].get(name, torch.inf) <= 2 * best]
+                runs = time_backends(alike, k, n, names, share * weight[n])
+                passes.append({name: median(times) for name, times in runs.items()})
+    return found
 
 
 def time_backends(
