@@ -138,7 +138,7 @@ def faithful(original: str, rewrite: str, encode: Encode | None = None) -> bool:
 def recall(original: str, rewrite: str) -> float:
     """Share of the content words of a text that another text has; 1 where it has none.
 
-    >>> recall("Bake a chocolate cake", "How would you be baking cakes?")
+    >>> recall("Polish a copper kettle", "How would one be polishing coppers?")
     0.6666666666666666
     """
     asked = content_words(original)
