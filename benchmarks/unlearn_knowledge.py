@@ -113,6 +113,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--retain-rows", type=int, default=8)
     parser.add_argument("--relearning-steps", type=int, default=30)
+    parser.add_argument("--relearning-rows", type=int, default=8)
     parser.add_argument("--relearning-lr", type=float, default=2e-4)
     parser.add_argument("--formats", nargs="+", default=["int8", "q4_0"])
     parser.add_argument("--questions", type=int, default=None, help="of each eval; default: all")
@@ -167,7 +168,7 @@ def evals_of(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     """Eval -> settings."""
     common: dict[str, Any] = {"undefended": False, "gold": str(out / "gold") if args.gold else None}
     relearning = {"attacks": ["corpus", "benign"], "lr": [args.relearning_lr], "orders": 1,
-                  "steps": args.relearning_steps}  # fmt: skip
+                  "steps": args.relearning_steps, "batch_rows": args.relearning_rows}  # fmt: skip
     return quick(args, {
         **asked(args, out),
         "relearning": {**common, "relearning": relearning},
