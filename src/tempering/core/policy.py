@@ -38,7 +38,7 @@ from tempering.core.loading import (
     resolve,
 )
 from tempering.core.logprobs import SequenceScorer, projection_matches, share_limit
-from tempering.core.quarantine import UnsafeExpertAccess, hide, unhidden
+from tempering.core.quarantine import ATTACKER, UnsafeExpertAccess, hide, unhidden
 from tempering.core.run import atomic_write, replace_folder
 
 EXPERT_GATE = "expert_gate"
@@ -221,14 +221,15 @@ class Policy:
             self.adapters.remove(name)
 
     def load_player(self, name: str, folder: Path) -> None:
-        """Load an adapter folder as a player, as `add_player` adds one.
+        """Load an adapter folder as a player, as `add_player` adds one. A trained attacker (`player.json`) is loaded
+        without the override: it writes prompts for a target, and only where `using` names it.
 
         Raises:
             ValueError: the name is taken, or the adapter is another base's.
         """
         with self._joining(name):
             below = list(self.adapters)
-            self._load_adapter(folder, name)
+            self._load_adapter(folder, name, is_attacker=(folder / ATTACKER).is_file())
             self.adapters = below
 
     @contextmanager
@@ -366,7 +367,7 @@ class Policy:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        """Leave `requires_grad` flags and train or eval modes as they were; what is new is frozen, in the base's mode."""
+        """Leave `requires_grad` flags and train or eval modes as they were; what is new is frozen, as the base is."""
         flags = {id(p): p.requires_grad for p in self.model.parameters()}
         modes, mode = {id(m): m.training for m in self.model.modules()}, self.base.training
         try:
@@ -482,7 +483,7 @@ class Policy:
     # --- export --------------------------------------------------------------------------------------
 
     def combined_adapter(self, names: Sequence[str] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """Stack these adapters (default: all) into one: A = concat(s_k A_k), B = concat(B_k), the ranks' sum its rank.
+        """Stack these adapters (default: all) into one: A = concat(s_k A_k), B = concat(B_k), of the summed rank.
 
         An adapter may be on other layers than another: each layer stacks those that it has, and is filled up with
         zeros to the rank of the widest, since other programs expect one rank. Done here in float32 rather than by
@@ -596,10 +597,10 @@ class Policy:
         self.originals = {}  # what they replaced is gone for good
         self.drop_adapters()
 
-    def _load_adapter(self, folder: Path, name: str = "final") -> None:
+    def _load_adapter(self, folder: Path, name: str = "final", *, is_attacker: bool = False) -> None:
         expected = _lineage(folder)
         try:
-            with quiet_libraries(), unhidden(folder) as place:
+            with quiet_libraries(), unhidden(folder, is_attacker=is_attacker) as place:
                 if isinstance(self.model, PeftModel):
                     self.model.load_adapter(str(place), adapter_name=name)
                 else:

@@ -308,7 +308,7 @@ def save_checkpoint(
 
 
 def write_checkpoint(run: Run, checkpoint: Checkpoint, more: Callable[[Path], None] | None = None) -> Path:
-    """Write `checkpoints/step-N/` (N = `state["step"]`), whole or not at all; returns it. `more` adds to the folder."""
+    """Write `checkpoints/step-N/` (N = `state["step"]`), whole or not at all; returns it. `more` adds to it."""
     parent = run.path("checkpoints/x").parent
     for left in parent.glob(".saving-*"):  # by a killed process
         shutil.rmtree(left, ignore_errors=True)
