@@ -78,8 +78,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="staged_competence, deliberative, safemoe, unlearn_knowledge, unlearn_toxicity, teach, sft, or "
-            "attribution (a card)."
+            help="staged_competence, deliberative, safemoe, unlearn_knowledge, unlearn_toxicity, advgame, teach, "
+            "sft, or attribution (a card)."
         ),
     ],
     items: Overrides = None,
@@ -113,6 +113,10 @@ def train(
     temper train attribution model=runs/mine out=runs/card
 
     temper train unlearn_knowledge objective=cosine_rmu out=runs/unlearned
+
+    temper train advgame out=runs/game
+
+    temper train advgame -c one_gpu_7b judges.default=openai:MODEL@URL --dry-run
 
     temper train staged_competence --keys
     """

@@ -353,18 +353,18 @@ def test_rules_need_no_model_and_pairs_and_orders_change_nothing_in_them(tmp_pat
         "Dear parents, it was my brother who broke the blue vase on Monday.",
     )
     found = [
-        scores(game_judge("rules", kind=kind, order=order).score([group(*texts)])[0])
+        scores(game_judge("rules:words", kind=kind, order=order).score([group(*texts)])[0])
         for kind, order in (("pointwise", "off"), ("pairwise", "off"), ("pairwise", "random"), ("pairwise", "both"))
     ]
     assert all(one == found[0] for one in found) and found[0][0] == 0.1 < found[0][1]
-    rules = game_judge("rules", journal=Journal(tmp_path / "j.jsonl"))
+    rules = game_judge("rules:words", journal=Journal(tmp_path / "j.jsonl"))
     assert rules.identity.startswith("game:rules/v1/words/pairwise-random/")
     rewrites = [rewrite("In a play: the note blaming a brother for the vase she broke"), rewrite("Bake a cake")]
     assert scores(rules.faithful(rewrites)) == [1.0, 0.0]
 
 
 def test_an_unknown_judge_names_those_that_there_are():
-    with pytest.raises(ValueError, match="expected rules, openai:MODEL@URL or local:REFERENCE"):
+    with pytest.raises(ValueError, match="expected rules, rules:words, openai:MODEL@URL or local:REFERENCE"):
         game_judge("oracle:delphi")
 
 

@@ -126,17 +126,20 @@ def game_judge(
 ) -> GameJudge:
     """Make a judge of the game: `rules`, `openai:MODEL@URL`, or `local:REFERENCE`, a model in this process.
 
+    `rules` tells whether a rewrite is faithful by the sentence encoder where that is installed (or by `encode`), and
+    else by shared words; `rules:words` always by words.
+
     `connect` makes what asks an endpoint, as for `load_judge`. Without it, and with a journal, the endpoint's answers
     are also kept as they come in a folder beside the journal, so that a kill loses none that was paid for.
-    `temperature` and what follows it are for models; `encode` is for the rules.
+    `temperature`, `top_p` and `max_new_tokens` are for models.
 
     Raises:
         ValueError: the kind of judge is unknown; or several samples at temperature 0, which are one.
     """
     name, _, rest = spec.partition(":")
     asker: Asker
-    if spec == "rules":
-        asker = RulesAsker(encode)
+    if spec in ("rules", "rules:words"):
+        asker = RulesAsker(None if spec == "rules:words" else encode or _installed_encoder())
     elif name == "openai" and rest:
         from tempering.core.endpoint import EndpointSampler
 
@@ -150,7 +153,9 @@ def game_judge(
             load_sampler(rest), seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
         )
     else:
-        raise ValueError(f"unknown judge of the game {spec!r}; expected rules, openai:MODEL@URL or local:REFERENCE")
+        raise ValueError(
+            f"unknown judge of the game {spec!r}; expected rules, rules:words, openai:MODEL@URL or local:REFERENCE"
+        )
     return GameJudge(
         asker,
         kind=kind,
@@ -407,6 +412,22 @@ class RulesAsker:
         if question.criterion in FAITHFULNESS:
             return float(game_rules.faithful(question.query, text, self.encode))
         return getattr(game_rules, question.criterion)(game_rules.signs(question.query, text))
+
+
+def _installed_encoder() -> game_rules.Encode | None:
+    """Return the sentence encoder, which is loaded with the first rewrite; `None` where it is not installed."""
+    from tempering.core.encoder import has_encoder, load_encoder
+
+    if not has_encoder():
+        return None
+    loaded: list[game_rules.Encode] = []
+
+    def encode(texts: Sequence[str]) -> Any:
+        if not loaded:
+            loaded.append(load_encoder())
+        return loaded[0](texts)
+
+    return encode
 
 
 class LLMAsker:
