@@ -117,6 +117,23 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{at(where)}: {problem}")
 
 
+def as_published(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream rows as `read_rows` does, but those of a data set of the catalogue with the columns of its authors.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `read_rows`.
+    """
+    found = origin(source)
+    if found is None:
+        yield from read_rows(source)
+        return
+    _say_terms(found)
+    for where, row, problem, _ in _plain_rows(found.copy) if found.copy is not None else _pinned_rows(found):
+        if row is None:
+            raise ValueError(f"{at(where)}: {problem}")
+        yield where, row
+
+
 def read_records(
     source: str | Path,
     parse: Callable[[dict[str, Any]], Any],
@@ -205,15 +222,7 @@ def _plain_rows(source: str | Path) -> Iterator[Scanned]:
 def _catalogued_rows(found: Origin) -> Iterator[Scanned]:
     """Stream the rows of a public data set as ours, those that are left out among them, and say its terms once."""
     dataset = found.dataset
-    if dataset.name not in SAID:
-        SAID.add(dataset.name)
-        if dataset.is_restricted:
-            say(f"{dataset.name}: {escape(dataset.terms)}; see {dataset.page}")
-        if found.is_unpinned:
-            say(
-                f"{dataset.name}: no version is pinned, so the newest is read, which may change between two runs; "
-                f"name one with {dataset.name}@REVISION"
-            )
+    _say_terms(found)
     for scanned in _plain_rows(found.copy) if found.copy is not None else _pinned_rows(found):
         if scanned.row is None:
             yield scanned
@@ -228,6 +237,21 @@ def _catalogued_rows(found: Origin) -> Iterator[Scanned]:
         else:
             for one in row if isinstance(row, list) else [row]:
                 yield Scanned(scanned.where, one)
+
+
+def _say_terms(found: Origin) -> None:
+    """Say the terms of a data set of the catalogue, once in a process."""
+    dataset = found.dataset
+    if dataset.name in SAID:
+        return
+    SAID.add(dataset.name)
+    if dataset.is_restricted:
+        say(f"{dataset.name}: {escape(dataset.terms)}; see {dataset.page}")
+    if found.is_unpinned:
+        say(
+            f"{dataset.name}: no version is pinned, so the newest is read, which may change between two runs; "
+            f"name one with {dataset.name}@REVISION"
+        )
 
 
 def _files(source: str | Path) -> list[tuple[Path, str]]:

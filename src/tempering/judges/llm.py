@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tempering.core.endpoint import parse_endpoint
 from tempering.core.ledger import Tokens
@@ -15,6 +14,7 @@ from tempering.core.records import Completion, Prompt, Verdict
 from tempering.core.sampling import Sampler
 from tempering.judges import Asks
 from tempering.judges.fence import defuse, enclosed, fence_mark
+from tempering.judges.tags import last_object
 
 PARSER_VERSION = 2
 SCORES: dict[Asks, dict[str, float]] = {
@@ -30,8 +30,6 @@ SCORES: dict[Asks, dict[str, float]] = {
 READS_CONTEXT = ("faithfulness",)
 """Questions that also need the text in `prompt.extra["context"]`, to which the answer is held."""
 _LAST_LINE = re.compile(r"verdict: *([a-z]+)\.?", re.I)
-_MOST_BRACES = 64
-"""Opening braces tried, from the end of a reply: bounds the work on a reply that is made of them."""
 
 
 class Reply(NamedTuple):
@@ -171,24 +169,6 @@ def parse_reply(text: str, words: Iterable[str]) -> Reply:
     if word is None or word not in words:
         return Reply(None, f"unknown verdict {str(value)[:40]!r}")
     return Reply(word, None)
-
-
-def last_object(text: str) -> dict[str, Any] | None:
-    """Read the JSON object that `text` ends with; `None` where it is none, or says something twice."""
-    starts = [at for at, char in enumerate(text) if char == "{"]
-    for at in reversed(starts[-_MOST_BRACES:]):
-        try:
-            value: dict[str, Any] = json.loads(text[at:], object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError):
-            continue
-        return value
-    return None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def rubric(asks: str) -> str:

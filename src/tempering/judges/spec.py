@@ -15,9 +15,10 @@ from tempering.core.sampling import Sampler
 from tempering.data.policies import BENIGN, Registry
 from tempering.judges import Connect
 from tempering.judges.fence import defuse, enclosed, fence_mark
-from tempering.judges.llm import last_object, model_at_host, request_of, rubric
+from tempering.judges.llm import model_at_host, request_of, rubric
 from tempering.judges.rules import VERSION as RULES_VERSION
 from tempering.judges.rules import read
+from tempering.judges.tags import last_object
 
 DECISIONS = ("comply", "safe_complete", "refuse")
 PARSER_VERSION = 1
