@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from tempering.core.encoder import ENCODER_PACKAGE, encoder_folder
 from tempering.core.loading import (
     EMBEDDED,
     EMBEDDED_HUB,
@@ -19,7 +20,6 @@ from tempering.core.loading import (
     embedded_gguf,
     pick_dtype,
 )
-from tempering.methods.staged_competence.difficulty import ENCODER_PACKAGE, encoder_folder
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "gguf", "matplotlib")
 LEAST_DISK_GB = 2.0

