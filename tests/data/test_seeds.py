@@ -1,7 +1,10 @@
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
+import tempering
 from tempering.data.attacker import CATEGORIES, FORMATS, INSTRUCTIONS, attacker_message
 from tempering.data.files import bundled, read_rows
 from tempering.data.rewrites import TEMPLATES, rewrite_rows
@@ -125,6 +128,17 @@ def test_a_worked_rewrite_has_the_form_that_is_asked_for_and_keeps_the_seed(fmt)
         assert row["prompt"] == attacker_message(INSTRUCTIONS[seed.category], fmt, seed.prompt)
         assert seed.prompt in parse_attack(row["completion"], fmt).prompt
     assert found == rewrite_rows(seeds, fmt=fmt, per_seed=2)
+
+
+def test_every_file_beside_the_code_is_in_the_package():
+    source = Path(tempering.__file__).parent
+    project = source.parent.parent / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("not a checkout: what is installed is the package")
+    patterns = tomllib.loads(project.read_text())["tool"]["setuptools"]["package-data"]["tempering"]
+    packed = {path for pattern in patterns for path in source.glob(pattern)}
+    beside = {p for kind in ("md", "jsonl", "yaml", "j2", "css") for p in source.rglob(f"*.{kind}")}
+    assert beside <= packed and any(p.name == "attacker_harmful.md" for p in packed)
 
 
 def test_templates_are_checked():
