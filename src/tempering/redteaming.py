@@ -6,7 +6,6 @@ several; else the eval `attack_success` runs. Another machine is attacked only w
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ def by_attackers(settings: Mapping[str, Any]) -> bool:
 
 
 def run_redteam(
-    target: str, *, out: str | Path | None = None, resume: bool = False, authorised: bool = False, **settings: Any
+    target: str, /, *, out: str | Path | None = None, resume: bool = False, authorised: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """Run the eval `attack_success`, or with `attacker=` a campaign of attackers, and write its report.
 
@@ -74,7 +73,7 @@ def run_redteam(
 
 
 def run_attackers(
-    target: str, *, out: str | Path | None = None, resume: bool = False, **settings: Any
+    target: str, /, *, out: str | Path | None = None, resume: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """Ask attackers for k attacks a seed, put them to the targets, and report; returns `evals/redteam.json`.
 
@@ -125,10 +124,16 @@ def run_attackers(
         run.path(REQUESTS), max_requests=config.spend.max_queries, per_minute=config.rate_per_minute, purse=purse
     )
     encoder = sentence_encoder() if config.encoder else None
+    by_words = config.faithfulness == "rules" and encoder is None
     faithful = game_judge(
-        config.faithfulness, kind="pointwise", order="off", seed=config.seed, journal=Journal(run.path(JUDGEMENTS)),
-        connect=judge_at, encode=encoder,
-    )  # fmt: skip
+        "rules:words" if by_words else config.faithfulness,
+        kind="pointwise",
+        order="off",
+        seed=config.seed,
+        journal=Journal(run.path(JUDGEMENTS)),
+        connect=judge_at,
+        encode=encoder,
+    )
     run.write_provenance(
         method="redteam",
         targets=references,
@@ -164,7 +169,7 @@ def run_attackers(
 
 
 def estimate_redteam(
-    target: str, *, out: str | Path | None = None, authorised: bool = False, **settings: Any
+    target: str, /, *, out: str | Path | None = None, authorised: bool = False, **settings: Any
 ) -> list[dict[str, Any]]:
     """Count what `run_redteam` would ask of endpoints, of a campaign at most; nothing is asked.
 
@@ -211,14 +216,14 @@ def target_reference(name: str) -> str:
 
 def sentence_encoder() -> Embed | None:
     """Return the embedded sentence encoder, loaded with the first text; `None` where it is not installed."""
-    from tempering.methods.staged_competence.difficulty import ENCODER, encoder_folder, load_encoder
+    from tempering.core.encoder import has_encoder, load_encoder
 
-    if encoder_folder() is None or importlib.util.find_spec("sentence_transformers") is None:
+    if not has_encoder():
         return None
     loaded: list[Any] = []
 
     def embed(texts: Sequence[str]) -> Any:
-        loaded or loaded.append(load_encoder(ENCODER))  # type: ignore[func-returns-value]
+        loaded or loaded.append(load_encoder())  # type: ignore[func-returns-value]
         return loaded[0](texts)
 
     return embed
