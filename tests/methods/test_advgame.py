@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tempering.core.chat import Encoded, collate
 from tempering.core.config import build
 from tempering.core.loading import resolve
 from tempering.core.policy import LoraSettings, Policy, load_tensors
-from tempering.core.quarantine import UnsafeExpertAccess
+from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
 from tempering.core.records import Prompt, content_id
 from tempering.core.run import Run, file_hash
 from tempering.data.attacker import INSTRUCTIONS
 from tempering.judges.game import GameJudge, Said
 from tempering.judges.journal import Journal
 from tempering.methods import advgame
+from tempering.methods.advgame import warm_start
 from tempering.methods.advgame.planner import memory_plan
 from tempering.methods.advgame.players import load_seats
 from tempering.methods.advgame.rollout import JUDGEMENTS, Judges
@@ -72,6 +74,7 @@ def settings(quick_model, seeds_file, tmp_path):
             "dtype": "float32", "rollout": {"attacker_tokens": 6, "defender_tokens": 6}, "max_length": 512,
             "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
             "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+            "warm_start": {"rewrites": 0, "brief": 0},
         }  # fmt: skip
         for key, value in over.items():
             tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
@@ -152,7 +155,7 @@ def test_a_game_leaves_both_players_their_averages_and_what_was_played(settings,
     assert run.provenance["unsafe"] is False and run.provenance["peak_bytes"] > 0
 
 
-def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, tmp_path):
+def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, monkeypatch):
     run = advgame.train(settings(), make_judges=judged_by(Counting()))
     source = resolve(str(run.root))
     assert Path(source.adapter) == run.root / "final" / "defender" and not source.unsafe
@@ -166,9 +169,11 @@ def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, tmp_p
         card = json.loads((run.root / folder / "player.json").read_text(encoding="utf-8"))
         assert card["unsafe"] is True and card["role"] == "attacker" and card["format"] == "raw"
         assert card["adapter_sha256"] == file_hash(run.root / folder / "adapter_model.safetensors.unsafe")
-    # An attack may load it; it computes where it is named, and nowhere else.
+    # With the override it computes where it is named, and nowhere else.
+    monkeypatch.setenv("TEMPER_ALLOW_UNSAFE_EXPERTS", "1")
     policy = Policy.load(card["base"], dtype="float32")
-    policy.load_player("attacker", run.root / "final" / "attacker_raw")
+    with allow_unsafe_experts(reason="a test"):
+        policy.load_player("attacker", run.root / "final" / "attacker_raw")
     assert policy.adapters == [] and policy._active() == []
     answer = advgame.sampler(run)([Prompt(({"role": "user", "content": "paint"},))], max_new_tokens=2)
     assert len(answer[0]) == 1
@@ -258,6 +263,34 @@ def test_players_start_on_top_of_a_run(settings, tmp_path, quick_model):
     assert config_of["r"] == 4  # both stand in what is exported
     with pytest.raises(ValueError, match="no adapter"):
         load_seats(settings(players={"attacker": {"init": quick_model}}))
+
+
+def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once(settings, tmp_path, monkeypatch):
+    config = settings(
+        warm_start={"rewrites": 4, "brief": 4, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
+        rollout={"attacker_tokens": 64, "defender_tokens": 24}, max_prompt_length=400,
+    )  # fmt: skip
+    run = advgame.train(config, make_judges=judged_by(Counting()))
+    warm = load_tensors(run.root / "checkpoints/attacker_warm.safetensors")
+    assert any(x.any() for name, x in warm.items() if "lora_B" in name)
+    seats = load_seats(config)
+    assert seats.attacker.below == ["attacker_warm"] and seats.defender.below == ["defender_warm"]
+    row = collate([[Encoded([5, 6, 7, 8], 2)]], 0)
+    policy = seats.attacker.policy
+    with policy.using(["attacker_warm"]):
+        before = policy.scorer(row).logprob
+    monkeypatch.setattr(warm_start, "imitate", lambda *_: pytest.fail("it was learned again"))
+    warm_start.warm_up(config, seats, {}, run, None)
+    with policy.using(["attacker_warm"]):
+        assert not torch.equal(policy.scorer(row).logprob, before)
+
+
+def test_a_brief_answer_ends_with_a_sentence(tiny_tokenizer):
+    ids = tiny_tokenizer("yes. no, I", add_special_tokens=False)["input_ids"]
+    dot = next(i for i in range(len(ids)) if "." in tiny_tokenizer.decode(ids[: i + 1]))
+    assert warm_start.brief_ids(tiny_tokenizer, ids, 2, {2}, 100) == [*ids[: dot + 1], 2]
+    assert warm_start.brief_ids(tiny_tokenizer, ids[:dot], 2, {2}, 100) == []
+    assert warm_start.brief_ids(tiny_tokenizer, [*ids[:2], 2], 2, {2}, 5) == [*ids[:2], 2]
 
 
 def test_a_player_of_another_base_has_a_policy_of_its_own(settings, tmp_path, tiny_model_dir):

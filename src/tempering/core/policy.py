@@ -38,7 +38,7 @@ from tempering.core.loading import (
     resolve,
 )
 from tempering.core.logprobs import SequenceScorer, projection_matches, share_limit
-from tempering.core.quarantine import ATTACKER, UnsafeExpertAccess, hide, unhidden
+from tempering.core.quarantine import UnsafeExpertAccess, hide, unhidden
 from tempering.core.run import atomic_write, replace_folder
 
 EXPERT_GATE = "expert_gate"
@@ -221,15 +221,14 @@ class Policy:
             self.adapters.remove(name)
 
     def load_player(self, name: str, folder: Path) -> None:
-        """Load an adapter folder as a player, as `add_player` adds one. A trained attacker (`player.json`) is loaded
-        without the override: it writes prompts for a target, and only where `using` names it.
+        """Load an adapter folder as a player, as `add_player` adds one.
 
         Raises:
             ValueError: the name is taken, or the adapter is another base's.
         """
         with self._joining(name):
             below = list(self.adapters)
-            self._load_adapter(folder, name, is_attacker=(folder / ATTACKER).is_file())
+            self._load_adapter(folder, name)
             self.adapters = below
 
     @contextmanager
@@ -597,10 +596,10 @@ class Policy:
         self.originals = {}  # what they replaced is gone for good
         self.drop_adapters()
 
-    def _load_adapter(self, folder: Path, name: str = "final", *, is_attacker: bool = False) -> None:
+    def _load_adapter(self, folder: Path, name: str = "final") -> None:
         expected = _lineage(folder)
         try:
-            with quiet_libraries(), unhidden(folder, is_attacker=is_attacker) as place:
+            with quiet_libraries(), unhidden(folder) as place:
                 if isinstance(self.model, PeftModel):
                     self.model.load_adapter(str(place), adapter_name=name)
                 else:

@@ -24,8 +24,6 @@ SUFFIX = ".unsafe"
 VARIABLE = "TEMPER_ALLOW_UNSAFE_EXPERTS"
 BUNDLE = "safemoe.json"
 """The manifest of sealed experts (`methods/safemoe/bundle.py`): a folder with it is no model to load weights from."""
-ATTACKER = "player.json"
-"""Says how a trained attacker is asked; its folder is quarantined, and attacks on a target may load it."""
 LOADABLE = ("adapter_model.safetensors", "adapter_config.json")
 """The files by which PEFT and transformers find an adapter."""
 
@@ -88,8 +86,6 @@ def unsafe_name(out: str | Path) -> str:
 def is_quarantined(folder: Path) -> bool:
     """Whether a folder is an unsafe run, or a part or a copy of one: by its name, its files, or its run's label."""
     here = Path(os.path.abspath(folder))
-    if (here / ATTACKER).is_file():
-        return True
     if any(part.endswith(SUFFIX) for part in (*here.parts, *here.resolve().parts)):
         return True
     if any((place / (name + SUFFIX)).exists() for place in (here, here / "final") for name in LOADABLE):
@@ -114,10 +110,8 @@ def hide(folder: Path) -> None:
 
 
 @contextmanager
-def unhidden(folder: Path, *, is_attacker: bool = False) -> Iterator[Path]:
+def unhidden(folder: Path) -> Iterator[Path]:
     """A temporary folder in which loaders find the adapter that is hidden in `folder`; any other folder as it is.
-
-    `is_attacker`: it is loaded to attack a target, which needs no override.
 
     Raises:
         UnsafeExpertAccess: the adapter is hidden, and the override is not there.
@@ -125,8 +119,7 @@ def unhidden(folder: Path, *, is_attacker: bool = False) -> Iterator[Path]:
     if not (folder / (LOADABLE[0] + SUFFIX)).is_file():
         yield folder
         return
-    if not is_attacker:
-        require_override(f"loading the unsafe adapter {folder}")
+    require_override(f"loading the unsafe adapter {folder}")
     temporary = Path(tempfile.mkdtemp(prefix="unsafe-"))
     try:
         for name in LOADABLE:

@@ -21,7 +21,8 @@ it), LoRA settings. The average pulls towards where a player was, not to its sta
     temper train advgame -c one_gpu_7b --dry-run                     # what fits, before anything is loaded
 
 Configuration: `settings`. Pure: `pairs`, `ema`, `losses`. `players` are the adapters, `rollout` plays a seed,
-`updates` takes one optimiser step, `validation` compares with the start, `planner` says what fits. The loop is below.
+`updates` takes one optimiser step, `warm_start` teaches small models to rewrite and to come to an end, `validation`
+compares with the start, `planner` says what fits. The loop is below.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ from tempering.data.describe import inputs_of, licences_of
 from tempering.data.seeds import Seed, load_seeds, seeds_hash
 from tempering.methods.advgame.display import game_table, validation_table
 from tempering.methods.advgame.planner import memory_plan, say_plan
-from tempering.methods.advgame.players import Player, Seats, load_seats
+from tempering.methods.advgame.players import Player, Seats, Weights, load_seats
 from tempering.methods.advgame.rollout import (
     JUDGEMENTS,
     ROLLOUTS,
@@ -74,6 +75,7 @@ from tempering.methods.advgame.rollout import (
 from tempering.methods.advgame.settings import ROLES, AdvGameConfig
 from tempering.methods.advgame.updates import Prompts, benign_compliance, lesson, tree_metrics, update
 from tempering.methods.advgame.validation import validate
+from tempering.methods.advgame.warm_start import warm_up
 
 METHOD = "advgame"
 CONFIG = AdvGameConfig
@@ -182,6 +184,8 @@ def train(
         f"{', '.join(judge.identity for judge in judges.each)}"
     )
     valid_seeds, _ = by_class(config, seats, seeds, "valid")
+    with watch.timed("warm start"):
+        warm_up(config, seats, train_seeds, run, processes)
     _loop(config, seats, dealer, train_seeds, valid_seeds, run, processes, watch, facts)
     if [player.policy.base_fingerprint() for player in seats.players] != bases:
         raise RuntimeError("the base weights have changed, although only adapters train")
@@ -238,38 +242,23 @@ def _loop(
             told: dict[str, list[float]] = {}
             trees = []
             for k, categories in enumerate(turns):
-                played = []
+                tables = [deal(config, train_seeds[c], c, t, pool) for c in categories]
                 with watch.timed("rollouts"):
-                    for category in categories:
-                        own = train_seeds[category]
-                        dealt = [
-                            own[i]
-                            for i in stream_rows(
-                                len(own), config.rollout.seeds, t, config.seed, CATEGORIES.index(category)
-                            )
-                        ]
-                        is_past = pool.meets(t, category)
-                        table = Table(
-                            category, dealt,
-                            [("step", t, b) if config.rollout.fresh else ("seed", s.id) for b, s in enumerate(dealt)],
-                            "past" if is_past else config.players.attacker.sampler, config.players.defender.sampler,
-                            config.rollout.attacks, config.rollout.responses, step,
-                        )  # fmt: skip
-                        played += [(tree, is_past) for tree in dealer.play(table)]
-                trees += [tree for tree, _ in played]
+                    played = dealer.play(*tables)
+                trees += played
+                # A past attacker's attacks are not this one's to learn from.
+                is_past = {table.category for table in tables if table.attacker == "past"}
                 prompts = Prompts(dealer)
                 for player in learners:  # one player's micro-batches at a time
                     examples = []
                     for role in seats.roles(player):
-                        # A past attacker's attacks are not this one's to learn from.
-                        own_trees = [tree for tree, is_past in played if role == "defender" or not is_past]
+                        own_trees = [x for x in played if role == "defender" or x.category not in is_past]
                         learned = lesson(config, prompts, own_trees, role, step)
-                        examples += learned.examples
+                        examples += learned
                         for category in categories:
-                            made = sum(e.category == category for e in learned.examples)
+                            made = sum(example.category == category for example in learned)
                             told.setdefault(f"{role}/{category}/pairs", []).append(made)
-                        told.setdefault(f"{role}/possible", []).append(learned.possible)
-                        for example in learned.examples:
+                        for example in learned:
                             run.append_row(PAIRS, example.row)
                     role = seats.roles(player)[0]
                     sum_ids = sum(len(side.ids) for example in examples for side in example.sides)
@@ -309,6 +298,16 @@ def _loop(
                     save(run, config, seats, optimisations, pool, state, facts)
 
 
+def deal(config: AdvGameConfig, seeds: Sequence[Seed], category: Category, t: int, pool: Pool) -> Table:
+    """Set a class's table for step t: the next seeds in their order, and who plays."""
+    own = config.rollout
+    places = stream_rows(len(seeds), own.seeds, t, config.seed, CATEGORIES.index(category))
+    dealt = [seeds[i] for i in places]
+    keys = [("step", t, b) if own.fresh else ("seed", seed.id) for b, seed in enumerate(dealt)]
+    attacker: Weights = "past" if pool.meets(t, category) else config.players.attacker.sampler
+    return Table(category, dealt, keys, attacker, config.players.defender.sampler, own.attacks, own.responses, t + 1)
+
+
 def _weights(reference: str) -> Any:
     return "initial" if reference == "fixed" else reference
 
@@ -336,12 +335,13 @@ class Pool:
         """Draw whether a class is attacked by a past attacker in this step, and let it take its place."""
         if not (self.settings.probability and self.kept):
             return False
-        draws = generator(self.config.seed, OPPONENTS + CATEGORIES.index(category), t)
-        if draws.random() >= self.settings.probability:
-            return False
-        _, state = self.kept[int(draws.integers(len(self.kept)))]
+        draw = generator(self.config.seed, OPPONENTS + CATEGORIES.index(category), t).random()
+        # One past attacker a step: classes are sampled together.
+        _, state = self.kept[
+            int(generator(self.config.seed, OPPONENTS + len(CATEGORIES), t).integers(len(self.kept)))
+        ]
         self.attacker.policy.load_state(state)
-        return True
+        return bool(draw < self.settings.probability)
 
     def keep(self, step: int) -> None:
         """Take the attacker's average in, where it is time to."""
@@ -426,19 +426,14 @@ def metrics_row(
     tokens: int,
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`: counts are summed over the updates of a step, all else is their mean."""
-    counts = {name: int(sum(v)) for name, v in told.items() if name.endswith(("/pairs", "/possible"))}
+    counts = {name: int(sum(v)) for name, v in told.items() if name.endswith("/pairs")}
     means = {name: float(np.mean(v)) for name, v in told.items() if name not in counts}
-    for role in ROLES:
-        for category in config.data.classes:
-            seats = config.rollout.seeds * (1 if role == "attacker" else config.rollout.attacks)
-            counts[f"{role}/{category}/possible"] = seats * (
-                1
-                if config.loss != "grpo"
-                else config.rollout.attacks
-                if role == "attacker"
-                else config.rollout.responses
-            )
-        counts.pop(f"{role}/possible", None)
+    own, is_graded = config.rollout, config.loss == "grpo"  # then every sample may be learned from
+    possible = {
+        "attacker": own.seeds * (own.attacks if is_graded else 1),
+        "defender": own.seeds * own.attacks * (own.responses if is_graded else 1),
+    }
+    counts |= {name.replace("/pairs", "/possible"): possible[name.partition("/")[0]] for name in counts}
     losses = [v for name, v in means.items() if name.endswith("/loss")]
     rates = [v for name, v in means.items() if name.endswith("/lr")]
     comply, answers = (sum(x) for x in zip(*state["benign"][-config.guard.window :], strict=True))

@@ -26,6 +26,8 @@ from tempering.methods.advgame import ema
 from tempering.methods.advgame.ema import Drift, Factors
 from tempering.methods.advgame.settings import ROLES, AdvGameConfig, PlayerConfig, Role
 
+WARM = "warm"
+"""Ends the name of the adapter of a warm start."""
 Weights = Literal["current", "ema", "slow_ema", "initial", "past"]
 """Which of a player's networks."""
 
@@ -213,5 +215,8 @@ def load_seats(config: AdvGameConfig, policy: Policy | None = None) -> Seats:
             base.load_player(f"{role}_init", Path(start.adapter))
             below = [*below, f"{role}_init"]
         name = "shared" if config.players.shared else role
+        if any(config.warm_rows(r) for r in (ROLES if config.players.shared else (role,))):
+            base.add_player(f"{name}_{WARM}", config.lora, config.seed)
+            below = [*below, f"{name}_{WARM}"]
         seats[role] = Player(name, base, below, settings, config)
     return Seats(seats["attacker"], seats["defender"])

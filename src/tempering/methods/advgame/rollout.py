@@ -167,11 +167,11 @@ class Dealer:
         self.tokens = 0
         """Written so far, replayed ones among them."""
 
-    def play(self, table: Table) -> list[Tree]:
-        """Play a table from the attacks to the rewards."""
-        trees = self._attack(table)
+    def play(self, *tables: Table) -> list[Tree]:
+        """Play tables together, from the attacks to the rewards; the trees stand in the order of their seeds."""
+        trees = self._attack(tables)
         trees = self._check_faithfulness(trees)
-        trees = self._answer(table, trees)
+        trees = self._answer(tables, trees)
         trees = self._grade_answers(trees)
         return [patch_rewards(tree) for tree in self._grade_attacks(trees)]
 
@@ -181,20 +181,23 @@ class Dealer:
 
     # --- sampling ------------------------------------------------------------------------------------
 
-    def _attack(self, table: Table) -> list[Tree]:
-        requests = [
-            self._request(table, "attacker", b, a, None, self.instruction(table.category, seed.prompt))
-            for b, seed in enumerate(table.seeds)
+    def _attack(self, tables: Sequence[Table]) -> list[Tree]:
+        is_direct = self.config.rollout.source == "seeds"
+        asked: list[tuple[Weights, Request]] = [
+            (table.attacker, self._request(table, "attacker", b, a, None, self.instruction(table.category, s.prompt)))
+            for table in tables
+            for b, s in enumerate(table.seeds)
             for a in range(table.attacks)
         ]
-        if self.config.rollout.source == "seeds":
-            samples = [Sample((), table.seeds[r.facts["b"]].prompt, "stop") for r in requests]
+        if is_direct:
+            samples = [Sample((), s.prompt, "stop") for t in tables for s in t.seeds for _ in range(t.attacks)]
         else:
-            samples = self._sample(self.seats.attacker, table.attacker, requests, self.config.rollout.attacker_tokens)
-        nodes = [AttackNode(self._parsed(sample)) for sample in samples]
+            samples = self._sample(self.seats.attacker, asked, self.config.rollout.attacker_tokens)
+        nodes = iter([AttackNode(self._parsed(sample)) for sample in samples])
         return [
-            Tree(seed.id, table.category, seed.prompt, tuple(nodes[b * table.attacks : (b + 1) * table.attacks]))
-            for b, seed in enumerate(table.seeds)
+            Tree(seed.id, table.category, seed.prompt, tuple(next(nodes) for _ in range(table.attacks)))
+            for table in tables
+            for seed in table.seeds
         ]
 
     def _parsed(self, sample: Sample) -> Response:
@@ -203,34 +206,32 @@ class Dealer:
         status = attack_status(sample.finish, prompt is not None)
         return Response(sample.token_ids, sample.text, sample.finish, prompt, status)
 
-    def _answer(self, table: Table, trees: Sequence[Tree]) -> list[Tree]:
-        places = [
-            (b, a, d)
-            for b, tree in enumerate(trees)
-            for a, node in enumerate(tree.attacks)
-            for d in range(table.responses)
-            if node.attack.status == "OK"
-        ]
-        requests = [
-            self._request(table, "defender", b, a, d, trees[b].attacks[a].attack.prompt or "") for b, a, d in places
-        ]
-        samples = self._sample(self.seats.defender, table.defender, requests, self.config.rollout.defender_tokens)
-        found = dict(zip(places, samples, strict=True))
+    def _answer(self, tables: Sequence[Table], trees: Sequence[Tree]) -> list[Tree]:
+        seats = [(table, b) for table in tables for b in range(len(table.seeds))]  # of each tree
+        asked: dict[tuple[int, int, int], tuple[Weights, Request]] = {}
+        for i, ((table, b), tree) in enumerate(zip(seats, trees, strict=True)):
+            for a, node in enumerate(tree.attacks):
+                if node.attack.status == "OK":
+                    for d in range(table.responses):
+                        request = self._request(table, "defender", b, a, d, node.attack.prompt or "")
+                        asked[i, a, d] = table.defender, request
+        samples = self._sample(self.seats.defender, list(asked.values()), self.config.rollout.defender_tokens)
+        found = dict(zip(asked, samples, strict=True))
         never = Response((), "", None, None, response_status(None))
 
-        def responses(b: int, a: int) -> tuple[Response, ...]:
-            own = [found.get((b, a, d)) for d in range(table.responses)]
-            return tuple(
-                never if s is None else Response(s.token_ids, s.text, s.finish, s.text, response_status(s.finish))
-                for s in own
-            )
+        def response(i: int, a: int, d: int) -> Response:
+            s = found.get((i, a, d))
+            return never if s is None else Response(s.token_ids, s.text, s.finish, s.text, response_status(s.finish))
 
         return [
             replace(
                 tree,
-                attacks=tuple(replace(node, responses=responses(b, a)) for a, node in enumerate(tree.attacks)),
+                attacks=tuple(
+                    replace(node, responses=tuple(response(i, a, d) for d in range(table.responses)))
+                    for a, node in enumerate(tree.attacks)
+                ),
             )
-            for b, tree in enumerate(trees)
+            for i, ((table, _), tree) in enumerate(zip(seats, trees, strict=True))
         ]
 
     def _request(self, table: Table, role: Role, b: int, a: int, d: int | None, prompt: str) -> Request:
@@ -238,7 +239,16 @@ class Dealer:
         facts = {"step": table.step, "class": table.category, "seed_id": table.seeds[b].id, "role": role}
         return Request(prompt, key, {**facts, "b": b, "a": a, "d": d})
 
-    def _sample(self, player: Player, weights: Weights, requests: Sequence[Request], tokens: int) -> list[Sample]:
+    def _sample(self, player: Player, asked: Sequence[tuple[Weights, Request]], tokens: int) -> list[Sample]:
+        """Answer requests, those to the same weights together."""
+        found: dict[int, Sample] = {}
+        for weights in dict.fromkeys(weights for weights, _ in asked):
+            places = [i for i, (own, _) in enumerate(asked) if own == weights]
+            samples = self._sample_of(player, weights, [asked[i][1] for i in places], tokens)
+            found |= dict(zip(places, samples, strict=True))
+        return [found[i] for i in range(len(asked))]
+
+    def _sample_of(self, player: Player, weights: Weights, requests: Sequence[Request], tokens: int) -> list[Sample]:
         own = self.config.rollout
         version = player.version(weights, own.temperature, own.top_p, tokens)
         sampler = LocalSampler(player.policy, batch_rows=own.rows, batch_tokens=self.config.sample_tokens)

@@ -42,6 +42,24 @@ class PlayerConfig(Config):
     """What its loss is measured against: the average, the network of the start, or a slower average."""
 
 
+class WarmStart(Config):
+    """Imitation before the game, in an adapter that is frozen then, and is part of a player's start.
+
+    Small models answer a seed instead of rewriting it, and do not come to an end; then there are no pairs.
+    """
+
+    rewrites: int = Field(default=96, ge=0)
+    """Seeds in template sentences that the attacker imitates; 0: none."""
+    brief: int = Field(default=96, ge=0)
+    """Own answers of the defender, cut after a sentence, that it imitates; 0: none."""
+    lr: float = Field(default=5e-4, gt=0)
+    """Largest learning rate, falls linearly to zero."""
+    rows: int = Field(default=4, ge=1)
+    """Rows an optimiser step."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes."""
+
+
 class Players(Config):
     """Who plays."""
 
@@ -185,6 +203,8 @@ class AdvGameConfig(Config):
     """Seeds."""
     players: Players = Players()
     """Who plays, and from which weights."""
+    warm_start: WarmStart = WarmStart()
+    """What the players imitate first; for models of a few billion parameters and more set both counts to 0."""
     rollout: Rollouts = Rollouts()
     """How seeds are played."""
     judges: Judging = Judging()
@@ -278,6 +298,10 @@ class AdvGameConfig(Config):
                     f"max_length={self.max_length} is less than the longest row of the {role}, {longest}"
                 )
         return self
+
+    def warm_rows(self, role: Role) -> int:
+        """How many rows a seat imitates before the game."""
+        return self.warm_start.rewrites if role == "attacker" else self.warm_start.brief
 
     def player(self, role: Role) -> PlayerConfig:
         """The settings of one of the two."""

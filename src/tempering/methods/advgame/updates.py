@@ -41,13 +41,6 @@ class Example(NamedTuple):
     """Of a sample: what it counts within its class."""
 
 
-class Lesson(NamedTuple):
-    """What a role learns from in one update, and how much there might have been."""
-
-    examples: list[Example]
-    possible: int
-
-
 class Prompts:
     """Tokenizes what players were asked, once each."""
 
@@ -68,22 +61,16 @@ class Prompts:
         return text, self._known[key]
 
 
-def lesson(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], role: Role, step: int) -> Lesson:
+def lesson(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], role: Role, step: int) -> list[Example]:
     """Make what a role learns from: pairs, or with loss=grpo every sample that has a reward."""
     if config.loss == "grpo":
         return _samples(config, prompts, trees, role, step)
     found: list[Example] = []
-    possible = 0
     for tree in trees:
         made = build_pairs(tree, config.judges.tie_margin)
-        if role == "attacker":
-            pairs = [made.attacker] if made.attacker else []
-            possible += 1
-        else:
-            pairs = list(made.defender)
-            possible += len(tree.attacks)
+        pairs = made.defender if role == "defender" else [made.attacker] if made.attacker else []
         found += [_pair_example(config, prompts, tree, pair, role, step) for pair in pairs]
-    return Lesson(found, possible)
+    return found
 
 
 def _pair_example(config: AdvGameConfig, prompts: Prompts, tree: Tree, pair: Pair, role: Role, step: int) -> Example:
@@ -104,10 +91,9 @@ def _pair_example(config: AdvGameConfig, prompts: Prompts, tree: Tree, pair: Pai
     return Example((rejected, chosen) if is_flipped else (chosen, rejected), tree.category, row)
 
 
-def _samples(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], role: Role, step: int) -> Lesson:
+def _samples(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], role: Role, step: int) -> list[Example]:
     """Groups are seeds (attacker) or attacks (defender); advantages are of one class."""
     found: list[Example] = []
-    possible = 0
     for category in config.data.classes:
         groups: list[tuple[Tree, int | None, Sequence[Response]]] = []
         for tree in (tree for tree in trees if tree.category == category):
@@ -115,7 +101,6 @@ def _samples(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], rol
                 groups.append((tree, None, [node.attack for node in tree.attacks]))
             else:
                 groups += [(tree, a, node.responses) for a, node in enumerate(tree.attacks)]
-        possible += sum(len(nodes) for _, _, nodes in groups)
         if not groups:
             continue
         nan = float("nan")
@@ -136,7 +121,7 @@ def _samples(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], rol
             }  # fmt: skip
             side = Encoded([*prompt, *nodes[i].token_ids], len(prompt))
             found.append(Example((side,), category, row, float(advantage[g, i]), float(share[g, i])))
-    return Lesson(found, possible)
+    return found
 
 
 @dataclass

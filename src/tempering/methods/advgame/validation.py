@@ -45,17 +45,16 @@ def validate(dealer: Dealer, seeds: Mapping[Category, Sequence[Seed]], step: int
 def _trees(
     dealer: Dealer, seeds: Mapping[Category, Sequence[Seed]], match: tuple[Weights, Weights], step: int
 ) -> list[Tree]:
-    found: list[Tree] = []
-    share = -(-dealer.config.eval_trees // len(seeds))
-    for category, own in seeds.items():
-        places = range(share)
-        found += dealer.play(
+    places = range(-(-dealer.config.eval_trees // len(seeds)))
+    return dealer.play(
+        *(
             Table(
                 category, [own[b % len(own)] for b in places], [("valid", b) for b in places], *match,
                 attacks=1, responses=1, step=step,
             )
-        )  # fmt: skip
-    return found
+            for category, own in seeds.items()
+        )
+    )  # fmt: skip
 
 
 def _reward(tree: Tree, role: Role) -> float | None:
