@@ -147,7 +147,7 @@ def play(algorithm, players, updates, *, decay=None, deterministic=False, marks=
         players = Players(*(p - lr * g for p, g in zip(players, step, strict=True)))
         if decay is not None:
             average = Players(*(decay * a + (1 - decay) * p for a, p in zip(average, players, strict=True)))
-        elif max(float(g.abs().max()) for g in step) < 1e-7:
+        elif max(float(g.abs().max()) for g in step) < 5e-6:
             break
         if t in marks:
             seen[t] = exploitability(players)
