@@ -357,6 +357,24 @@ def test_the_plan_counts_parameters_as_they_are(settings, quick_model):
     assert plan.adapters >= own * 5  # each player: itself, its average, gradient and two moments
 
 
+def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(settings, tmp_path):
+    """Qwen2.5-7B in bf16: 15.2 GB once; LoRA on all linear layers 2.52 M numbers a rank."""
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "qwen")  # fmt: skip
+    config = settings(
+        model=str(tmp_path / "qwen"), dtype="bfloat16", ema={"audit": False},
+        lora={"r": 32, "alpha": 64, "target_modules": "all-linear"},
+    )  # fmt: skip
+    plan = memory_plan(config)
+    assert plan.weights == pytest.approx(15.2e9, rel=0.01)
+    # Two players, each with an average, a gradient and two moments, in float32.
+    assert plan.adapters == pytest.approx(2 * 5 * 4 * 32 * 2.52e6, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["rollouts", "judgements", "pairs", "checkpoints"])
 def test_a_killed_game_goes_on_byte_for_byte(settings, tmp_path, moment):
