@@ -64,6 +64,10 @@ def method_module(name: str) -> ModuleType:
         from tempering.methods import unlearn_knowledge
 
         return unlearn_knowledge
+    if name == "advgame":
+        from tempering.methods import advgame
+
+        return advgame
     if name == "teach":
         from tempering.methods.unlearn_knowledge import teach
 
@@ -77,7 +81,7 @@ def method_module(name: str) -> ModuleType:
 
 METHODS = (
     "sft", "staged_competence", "deliberative", "safemoe", "attribution", "unlearn_knowledge", "unlearn_toxicity",
-    "teach",
+    "advgame", "teach",
 )  # fmt: skip
 
 

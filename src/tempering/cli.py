@@ -45,6 +45,18 @@ def _list_eval_keys(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _list_redteam_keys(wanted: bool) -> None:
+    if wanted:
+        from tempering.evals import EvalConfig
+        from tempering.evals.redteam_settings import RedteamConfig
+
+        typer.echo("With attacker=... and without attacks=...:\n")
+        _print_keys(RedteamConfig)
+        typer.echo("\nWith attacks=[...], or neither:\n")
+        _print_keys(EvalConfig)
+        raise typer.Exit
+
+
 def _list_check_keys(wanted: bool) -> None:
     if wanted:
         from tempering.judges.check import CheckJudgeConfig
@@ -55,6 +67,7 @@ def _list_check_keys(wanted: bool) -> None:
 
 KEYS_HELP = "List every setting with default and meaning."
 EvalKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_eval_keys, help=KEYS_HELP)]
+RedteamKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_redteam_keys, help=KEYS_HELP)]
 CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_check_keys, help=KEYS_HELP)]
 
 
@@ -78,8 +91,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="staged_competence, deliberative, safemoe, unlearn_knowledge, unlearn_toxicity, teach, sft, or "
-            "attribution (a card)."
+            help="staged_competence, deliberative, safemoe, unlearn_knowledge, unlearn_toxicity, advgame, teach, "
+            "sft, or attribution (a card)."
         ),
     ],
     items: Overrides = None,
@@ -113,6 +126,10 @@ def train(
     temper train attribution model=runs/mine out=runs/card
 
     temper train unlearn_knowledge objective=cosine_rmu out=runs/unlearned
+
+    temper train advgame out=runs/game
+
+    temper train advgame -c one_gpu_7b judges.default=openai:MODEL@URL --dry-run
 
     temper train staged_competence --keys
     """
@@ -219,7 +236,7 @@ def redteam(
     config: Recipe = None,
     resume: Resume = False,
     dry_run: DryRun = False,
-    keys: EvalKeys = False,
+    keys: RedteamKeys = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -229,21 +246,47 @@ def redteam(
     max_queries=N data=FILE limit=N seed=N max_new_tokens=N judge=rules out=DIR gate.attack_success_rate=LIMIT;
     --keys lists all.
 
+    With attacker= and without attacks=, attackers make k attacks on each seed, harmful and benign, and all meet all:
+    attacker=RUN (of `temper train advgame`), RUN@step-N, untrained, direct, template:NAME, templates, pair:MODEL, or
+    a list of them; targets=[MODEL,...] beside the first; seeds=FILE k=8 limit=N filter=faithful judge=rules
+    faithfulness=rules spend.max_queries=N spend.max_cost=N rate_per_minute=N concurrency=8 redact=true
+    gate.attack_success_at_1=LIMIT.
+    Where a cap is met it stops, and --resume goes on with a higher one.
+
+    A target on another machine needs authorised=true and a cap; you give it where you may test that service.
+
     Examples:
     temper redteam smollm2 limit=20
 
     temper redteam runs/demo attacks=[pair,tap] attacker=openai:my-model@http://localhost:8000/v1
+
+    temper redteam smollm2 attacker=runs/game limit=20 k=4 out=runs/attacked
+
+    temper redteam runs/mine attacker=[runs/game,untrained,templates,direct] seeds=seeds.jsonl
+
+    temper redteam smollm2 targets=[runs/game] attacker=[runs/game,runs/game@step-12,untrained] out=runs/matrix
+
+    temper redteam openai:MODEL@https://example.org/v1 attacker=runs/game authorised=true spend.max_queries=1000
     """
-    from tempering.redteaming import estimate_redteam, run_redteam
+    from tempering.redteaming import by_attackers, estimate_redteam, failed_gates, run_redteam
 
     out, settings = _eval_settings(items or [], config)
     if dry_run:
         _print_estimate(estimate_redteam(target, out=out, **settings), as_json)
         return
     result = run_redteam(target, out=out, resume=resume, **settings)
+    if by_attackers(settings):
+        if not as_json:
+            _print_metrics({name: {"metrics": metrics} for name, metrics in result["metrics"].items()})
+        _finish(result, as_json)
+        if failures := failed_gates(result, settings.get("gate") or {}):
+            _tell("gate not met: " + "; ".join(failures))
+            raise typer.Exit(3)
+        return
     if not as_json:
         _print_metrics({"attack_success": result})
     _finish(result, as_json)
+    settings.pop("authorised", None)
     _require_gates({"attack_success": result}, settings)
 
 

@@ -6,6 +6,7 @@ Used by evals, attacks and the LLM judge; refuses to know which model or which s
 from __future__ import annotations
 
 import email.utils
+import ipaddress
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from tempering.core.config import Config, build
 from tempering.core.ledger import NONE, Answer, Ledger, Tokens, are_tokens, read_tokens, tokens_at_most
+from tempering.core.meter import Meter
 from tempering.core.records import Completion, Finish, Prompt, Thought, Usage, content_id
 from tempering.core.run import redact
 
@@ -46,6 +48,19 @@ class Endpoint(NamedTuple):
     def host(self) -> str:
         """Host and port, for identities."""
         return urlsplit(self.url).netloc
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine, by how it is written: `localhost` or a loopback address.
+
+        >>> [Endpoint("m", f"http://{host}/v1").is_loopback for host in ("127.0.0.1", "[::1]", "localhost", "a.org")]
+        [True, True, True, False]
+        """
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
 
 def parse_endpoint(spec: str) -> Endpoint:
@@ -176,11 +191,13 @@ class EndpointSampler:
     answered there is not asked again; equal requests of one call are one request. Each sample is sent a seed of its
     own, derived from `seed`, prompt and index; whether the server honours it, and whether it continues a last turn
     by the assistant (a prefill) or answers it, is the server's decision. The key is read at each call and is in no
-    attribute, message or file.
+    attribute, message or file. `meter`: is asked before each request, retries among them, whether it may be sent.
     """
 
-    def __init__(self, spec: str, *, cache: str | Path | None = None, **settings: Any) -> None:
-        self.endpoint = parse_endpoint(spec)
+    def __init__(
+        self, spec: str, *, cache: str | Path | None = None, meter: Meter | None = None, **settings: Any
+    ) -> None:
+        self.endpoint, self.meter = parse_endpoint(spec), meter or Meter()
         self.name = f"openai:{self.endpoint.model}@{self.endpoint.url}"
         self.config = config = build(EndpointConfig, settings, f"endpoint {self.name}")
         self.ledger = Ledger(
@@ -191,6 +208,9 @@ class EndpointSampler:
             budget=config.budget,
             max_tokens_total=config.max_tokens_total,
         )
+        if meter is not None and self.ledger.path is not None:
+            self.ledger.read()
+            meter.purse.join(str(self.ledger.path), self.ledger.cost(self.ledger.spent))
         self._is_reached = self._has_answered = False
 
     def __repr__(self) -> str:
@@ -301,6 +321,9 @@ class EndpointSampler:
         for attempt in range(self.config.retries + 1):
             if refusal := self.ledger.reserve(bound):
                 return Answer("", "error", refusal)
+            if refusal := self.meter.take(self.ledger.cost(bound), stop):
+                self.ledger.settle(bound, NONE, row, None)
+                return Answer("", "error", refusal)
             outcome = Outcome(Answer("", "error", "interrupted"), used=bound)
             try:
                 outcome = self._try(client, request.body, bound, key)
@@ -316,6 +339,7 @@ class EndpointSampler:
                 self.ledger.settle(
                     bound, outcome.used, row, None if error else answer, is_reported=outcome.is_reported
                 )
+                self.meter.purse.settle(self.ledger.cost(bound), self.ledger.cost(outcome.used))
             if error is None:
                 self._has_answered = True
                 return answer

@@ -77,6 +77,8 @@ def resolve(reference: str) -> ModelSource:
     path = Path(reference).expanduser()
     if reference == EMBEDDED:
         return ModelSource(reference, EMBEDDED)
+    if (at := checkpoint_of(reference)) is not None:
+        return replace(resolve(str(at / "defender_ema")), reference=reference)
     if path.exists():
         require_safe(path, "loading")
     if path.is_dir():
@@ -92,6 +94,23 @@ def resolve(reference: str) -> ModelSource:
             f"the embedded model is called {EMBEDDED}"
         )
     return ModelSource(reference, name, revision or None)
+
+
+def checkpoint_of(reference: str) -> Path | None:
+    """The folder of a checkpoint of two players, `RUN@step-N`; `None` where the reference is something else.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint, with those that it has.
+    """
+    run, _, step = reference.rpartition("@")
+    root = Path(run).expanduser()
+    if not (run and step.startswith("step-") and (root / "config.yaml").is_file()):
+        return None
+    folder = root / "checkpoints" / step
+    if not (folder / "defender_ema").is_dir():
+        found = ", ".join(sorted(p.name for p in root.glob("checkpoints/step-*"))) or "none"
+        raise FileNotFoundError(f"{reference}: no checkpoint of two players there; the run has {found}")
+    return folder
 
 
 def _resolve_folder(reference: str, path: Path) -> ModelSource:
@@ -116,7 +135,8 @@ def _resolve_folder(reference: str, path: Path) -> ModelSource:
         if (final / "card.json").is_file():  # a choice among the answers of another model: the weights are that one's
             student = resolve(json.loads((final / "card.json").read_text(encoding="utf-8"))["student"]["model"])
             return replace(student, reference=reference)
-        inner = _resolve_folder(reference, final)
+        # Of two players the one that answers is the model.
+        inner = _resolve_folder(reference, final / "defender" if (final / "defender").is_dir() else final)
         return replace(inner, reference=reference)
     raise ValueError(
         f"folder {reference} is not a model: no config.json (transformers), adapter_config.json (PEFT) "
@@ -155,7 +175,7 @@ def load_base(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    folder, kwargs = _folder(source)
+    folder, kwargs = base_files(source)
     with _explained(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
     model, told = loaded
@@ -175,7 +195,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder, kwargs = _folder(source)
+    folder, kwargs = base_files(source)
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     if tokenizer.pad_token_id is None:
@@ -191,13 +211,13 @@ def context_length(source: ModelSource) -> int | None:
     """
     from transformers import AutoConfig
 
-    folder, kwargs = _folder(source)
+    folder, kwargs = base_files(source)
     with _explained(source):
         config = AutoConfig.from_pretrained(folder, **kwargs).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def _folder(source: ModelSource) -> tuple[str, dict[str, str]]:
+def base_files(source: ModelSource) -> tuple[str, dict[str, str]]:
     """Where transformers finds a base: folder or Hub id, and the revision."""
     if source.base == EMBEDDED:
         folder, revision = embedded_folder()

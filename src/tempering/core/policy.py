@@ -63,13 +63,15 @@ class Policy:
     """A causal language model that is trained, or asked, as `policy.model`.
 
     Adapters are stacked: the policy is the base plus all of `adapters`, and only the last may train.
-    `reference()` is the network before the last one, in the same weights.
+    `reference()` is the network before the last one, in the same weights. `players` are no part of that stack: they
+    compute where `using` names them.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: ModelSource) -> None:
         self.model: Any = model
         self.tokenizer, self.source = tokenizer, source
         self.adapters: list[str] = []
+        self.players: list[str] = []
         self.trainable: str | None = None
         self.routing: Any = None
         """Experts that a gate mixes per token (`methods/safemoe`): the newest adapter while they are attached. Has
@@ -206,6 +208,55 @@ class Policy:
         self._activate(self.adapters)
         self.freeze()
 
+    def add_player(self, name: str, settings: LoraSettings, seed: int) -> None:
+        """Add a LoRA adapter that computes only where `using` names it; see `add_adapter` for its first values.
+
+        Active adapters, `requires_grad` flags and train or eval modes are as before, the new modules in the base's.
+
+        Raises:
+            ValueError: the name is taken, or see `add_adapter`.
+        """
+        with self._joining(name):
+            self.add_adapter(name, settings, seed)
+            self.adapters.remove(name)
+
+    def load_player(self, name: str, folder: Path) -> None:
+        """Load an adapter folder as a player, as `add_player` adds one.
+
+        Raises:
+            ValueError: the name is taken, or the adapter is another base's.
+        """
+        with self._joining(name):
+            below = list(self.adapters)
+            self._load_adapter(folder, name)
+            self.adapters = below
+
+    @contextmanager
+    def _joining(self, name: str) -> Iterator[None]:
+        """Let a player in: whatever was, is as before, and what is new is frozen and in the base's mode."""
+        if name in (*self.adapters, *self.players):
+            raise ValueError(f"there is an adapter called {name} already; there is {[*self.adapters, *self.players]}")
+        active = list(self._active())
+        with self._restored():
+            yield
+            self.players.append(name)
+            self._activate(active)
+
+    def player_layers(self, name: str) -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
+        """The (layer name, A, B, scale) of one adapter, in a fixed order: the update of a layer is scale B A."""
+        return [
+            (layer_name, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+            for layer_name, layer in self.lora_layers()
+            if name in layer.lora_A
+        ]
+
+    def copy_player(self, source: str, target: str) -> None:
+        """Give one adapter the values of another of the same shape."""
+        pairs = zip(self.player_layers(source), self.player_layers(target), strict=True)
+        for (_, a, b, _), (_, a_to, b_to, _) in pairs:
+            a_to.data.copy_(a.data)
+            b_to.data.copy_(b.data)
+
     def set_routing(self, routing: Any) -> None:
         """Take routed experts, attached to this model just now, as the newest adapter; frozen until `train_only`."""
         self.routing = routing
@@ -290,25 +341,41 @@ class Policy:
             self.freeze()
 
     @contextmanager
-    def using(self, names: Sequence[str]) -> Iterator[None]:
-        """Compute with these adapters only; flags and active adapters are as before on exit, also after an error.
+    def using(self, names: Sequence[str], *, training: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        """Compute with these adapters only, and let only the parameters `training` have gradients inside.
+
+        Flags, active adapters and train or eval modes are as before on exit, also after an error.
 
         Raises:
             ValueError: a name that is no adapter of this policy (PEFT would compute without it).
         """
-        if unknown := set(names) - set(self.adapters):
-            raise ValueError(f"no adapter called {', '.join(sorted(unknown))}; there is {self.adapters}")
-        flags = {id(p): p.requires_grad for p in self.model.parameters()}
+        known = [*self.adapters, *self.players]
+        if unknown := set(names) - set(known):
+            raise ValueError(f"no adapter called {', '.join(sorted(unknown))}; there is {known}")
         active = list(self._active())
+        with self._restored():
+            try:
+                self._activate(names)
+                for parameter in self.model.parameters():
+                    parameter.requires_grad_(False)
+                for parameter in training:
+                    parameter.requires_grad_(True)
+                yield
+            finally:
+                self._activate(active)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Leave `requires_grad` flags and train or eval modes as they were; what is new is frozen, as the base is."""
+        flags = {id(p): p.requires_grad for p in self.model.parameters()}
+        modes, mode = {id(m): m.training for m in self.model.modules()}, self.base.training
         try:
-            self._activate(names)
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(False)
             yield
         finally:
-            self._activate(active)
             for parameter in self.model.parameters():
-                parameter.requires_grad_(flags[id(parameter)])
+                parameter.requires_grad_(flags.get(id(parameter), False))
+            for module in self.model.modules():
+                module.training = modes.get(id(module), mode)
 
     @contextmanager
     def reference(self, *, initial: bool = False) -> Iterator[None]:
@@ -361,7 +428,7 @@ class Policy:
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
         self.revert_edit()
-        self.adapters, self.trainable = [], None
+        self.adapters, self.players, self.trainable = [], [], None
         self.freeze()
 
     def before_sharding(self) -> None:
@@ -414,8 +481,8 @@ class Policy:
 
     # --- export --------------------------------------------------------------------------------------
 
-    def combined_adapter(self) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """Stack all adapters into one: A = concat(s_k A_k), B = concat(B_k), rank the sum of the ranks.
+    def combined_adapter(self, names: Sequence[str] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """Stack these adapters (default: all) into one: A = concat(s_k A_k), B = concat(B_k), of the summed rank.
 
         An adapter may be on other layers than another: each layer stacks those that it has, and is filled up with
         zeros to the rank of the widest, since other programs expect one rank. Done here in float32 rather than by
@@ -425,11 +492,12 @@ class Policy:
         Raises:
             RuntimeError: a layer's product differs from the sum of the stack's by more than 1e-6 of its norm.
         """
-        layers = self.lora_layers()
-        rank = max(sum(layer.lora_A[k].weight.shape[0] for k in self._on(layer)) for _, layer in layers)
+        names = self.adapters if names is None else names
+        layers = [(name, layer) for name, layer in self.lora_layers() if _on(layer, names)]
+        rank = max(sum(layer.lora_A[k].weight.shape[0] for k in _on(layer, names)) for _, layer in layers)
         state: dict[str, Tensor] = {}
         for name, layer in layers:
-            on = self._on(layer)
+            on = _on(layer, names)
             a = torch.cat([layer.scaling[k] * _whole(layer.lora_A[k].weight) for k in on])
             b = torch.cat([_whole(layer.lora_B[k].weight) for k in on], dim=1)
             want = sum(_delta(layer, k).cpu() for k in on)
@@ -438,7 +506,7 @@ class Policy:
             short = rank - a.shape[0]
             state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, short)).contiguous()
             state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, short)).contiguous()
-        targets = {target for k in self.adapters for target in self.model.peft_config[k].target_modules}
+        targets = {target for k in names for target in self.model.peft_config[k].target_modules}
         config = LoraConfig(
             r=rank,
             lora_alpha=rank,
@@ -450,23 +518,31 @@ class Policy:
         )
         return config, state
 
-    def export(self, folder: Path, lineage: dict[str, Any] | None = None, *, unsafe: bool = False) -> None:
+    def export(
+        self,
+        folder: Path,
+        lineage: dict[str, Any] | None = None,
+        *,
+        unsafe: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Write what was changed: one PEFT adapter, the edited tensors, or else a plain transformers folder.
 
-        `unsafe`: under names that no loader finds (`quarantine.hide`).
+        `unsafe`: under names that no loader finds (`quarantine.hide`). `names`: a stack other than `adapters`.
 
         Raises:
             ValueError: unsafe weights without an adapter, which would not be hidden.
         """
         if self.routing is not None:
             self.routing.refuse("exporting routed experts as an adapter or as weights")
-        if unsafe and not self.adapters:
+        stack = self.adapters if names is None else list(names)
+        if unsafe and not stack:
             raise ValueError("an unsafe model is kept as a quarantined adapter only; use adaptation=lora")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
-            if self.adapters:
-                config, state = self.combined_adapter()
+            if stack:
+                config, state = self.combined_adapter(stack)
                 config.base_model_name_or_path, config.revision = public_base(self.source)
                 config.save_pretrained(str(temporary))
                 save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -475,7 +551,7 @@ class Policy:
                 about = {"base": f"{base}@{revision}" if revision else base}  # one key: several have no fixed order
                 edited = {name: _whole(own[name]).contiguous() for name in sorted(self.originals)}
                 save_file(edited, temporary / EDIT_FILE, metadata=about)
-            if not self.adapters and not self.originals:
+            if not stack and not self.originals:
                 with quiet_libraries():
                     self.base.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -483,7 +559,7 @@ class Policy:
                 "base": self.source.base,
                 "revision": self.source.revision,
                 "base_fingerprint": self.base_fingerprint(),
-                "adapters": {name: self.adapter_hash([name]) for name in self.adapters},
+                "adapters": {name: self.adapter_hash([name]) for name in stack},
                 **({"edited": sorted(self.originals)} if self.originals else {}),
                 **(lineage or {}),
                 **({"unsafe": True} if unsafe else {}),
@@ -515,16 +591,19 @@ class Policy:
         with torch.no_grad():
             for _, layer in self.lora_layers():
                 weight = layer.get_base_layer().weight
-                total = sum(_delta(layer, name) for name in self._on(layer))
+                total = sum(_delta(layer, name) for name in _on(layer, self.adapters))
                 weight.copy_((weight.float() + total).to(weight.dtype))
         self.originals = {}  # what they replaced is gone for good
         self.drop_adapters()
 
-    def _load_adapter(self, folder: Path) -> None:
+    def _load_adapter(self, folder: Path, name: str = "final") -> None:
         expected = _lineage(folder)
         try:
             with quiet_libraries(), unhidden(folder) as place:
-                self.model = PeftModel.from_pretrained(self.model, str(place), adapter_name="final")
+                if isinstance(self.model, PeftModel):
+                    self.model.load_adapter(str(place), adapter_name=name)
+                else:
+                    self.model = PeftModel.from_pretrained(self.model, str(place), adapter_name=name)
         except UnsafeExpertAccess:
             raise
         except Exception as error:  # PEFT raises ValueError, RuntimeError (shapes), safetensors' own
@@ -533,7 +612,7 @@ class Policy:
         self.model.eval()
         for _, layer in self.lora_layers():
             add_adapters_at_once(layer)
-        self.adapters = ["final"]
+        self.adapters = [name]
         self.freeze()
         found = self.base_fingerprint()
         if expected.get("base_fingerprint", found) != found:
@@ -545,10 +624,6 @@ class Policy:
     def lora_layers(self) -> list[tuple[str, Any]]:
         """The adapted layers by name, in a fixed order."""
         return sorted((n, m) for n, m in self.base.named_modules() if isinstance(m, LoraLayer))
-
-    def _on(self, layer: Any) -> list[str]:
-        """The adapters that a layer has, in the order of the stack."""
-        return [name for name in self.adapters if name in layer.lora_A]
 
     def _active(self) -> list[str]:
         if self.routing is not None:
@@ -595,6 +670,11 @@ def _adapter_of(parameter: str) -> str | None:
     if len(parts) > 1 and parts[-2] == EXPERT_GATE:
         return EXPERT_GATE
     return parts[-2] if len(parts) > 2 and parts[-3].startswith("lora_") else None
+
+
+def _on(layer: Any, names: Sequence[str]) -> list[str]:
+    """The adapters of a stack that a layer has, in its order."""
+    return [name for name in names if name in layer.lora_A]
 
 
 def _delta(layer: Any, name: str) -> Tensor:

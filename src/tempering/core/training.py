@@ -6,11 +6,12 @@ Used by every method that trains; refuses to own the loop.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -143,7 +144,10 @@ class StepResult(NamedTuple):
 
 
 class Optimisation:
-    """AdamW over the trainable parameters, linear decay to zero, clipping, accumulation over micro-batches."""
+    """AdamW, a schedule (linear decay to zero), clipping, accumulation over micro-batches.
+
+    Over the policy's trainable parameters, or over `named` where several optimisers share one policy.
+    """
 
     def __init__(
         self,
@@ -155,14 +159,18 @@ class Optimisation:
         warmup: int = 0,
         weight_decay: float = 0.0,
         clip: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        named: list[tuple[str, nn.Parameter]] | None = None,
+        factor: Callable[[int, int, int], float] | None = None,
     ) -> None:
         self.policy, self.processes = policy, processes
         self.lr, self.steps, self.warmup, self.clip = lr, steps, warmup, clip
-        self.named = policy.trainable_parameters()
+        self.factor = factor or linear_to_zero
+        self.named = policy.trainable_parameters() if named is None else named
         processes.shard(policy)
         self.scorer = processes.wrap(policy.scorer)
         self.optimizer = torch.optim.AdamW(
-            [p for _, p in self.named], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
+            [p for _, p in self.named], lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay
         )
 
     def accumulate(self, is_last: bool) -> Any:
@@ -187,7 +195,7 @@ class Optimisation:
         norm = float(_full(torch.nn.utils.clip_grad_norm_([p for _, p in self.named], self.clip)))
         if not norm < float("inf"):
             raise RuntimeError(f"the gradient is not finite at step {t} (norm {norm}); lower lr or raise beta")
-        lr = self.lr * linear_to_zero(t, self.steps, self.warmup)
+        lr = self.lr * self.factor(t, self.steps, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -221,6 +229,17 @@ def linear_to_zero(t: int, steps: int, warmup: int = 0) -> float:
     if t < warmup:
         return (t + 1) / warmup
     return max(0.0, (steps - t) / max(1, steps - warmup))
+
+
+def cosine_to_fifth(t: int, steps: int, warmup: int = 0) -> float:
+    """Learning-rate factor at step t of `steps`: linear warm-up, then half a cosine from one to a fifth.
+
+    >>> [round(cosine_to_fifth(t, 4), 4) for t in range(5)]
+    [1.0, 0.8828, 0.6, 0.3172, 0.2]
+    """
+    if t < warmup:
+        return (t + 1) / warmup
+    return 0.2 + 0.4 * (1 + math.cos(math.pi * (t - warmup) / max(1, steps - warmup)))
 
 
 def schedule(n: int, batch: int, epochs: int, seed: int) -> list[list[int]]:
@@ -283,18 +302,36 @@ def save_checkpoint(
     moments = optimisation.state()
     if not optimisation.processes.is_main:
         return
+    write_checkpoint(run, Checkpoint(weights, moments, state))
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_checkpoint(run: Run, checkpoint: Checkpoint, more: Callable[[Path], None] | None = None) -> Path:
+    """Write `checkpoints/step-N/` (N = `state["step"]`), whole or not at all; returns it. `more` adds to it."""
     parent = run.path("checkpoints/x").parent
+    for left in parent.glob(".saving-*"):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".saving-"))
     try:
-        save_tensors(temporary / "weights.safetensors", weights)
-        save_tensors(temporary / "optimizer.safetensors", moments)
-        atomic_write(temporary / "state.json", (json.dumps(state) + "\n").encode())
+        save_tensors(temporary / "weights.safetensors", checkpoint.weights)
+        save_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
+        atomic_write(temporary / "state.json", (json.dumps(checkpoint.state) + "\n").encode())
+        if more is not None:
+            more(temporary)
         temporary.chmod(0o755)
-        replace_folder(temporary, parent / f"step-{state['step']}")
+        final = parent / f"step-{checkpoint.state['step']}"
+        replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in [*_checkpoints(run)[:-keep], *parent.glob(".saving-*")]:  # the latter: of a killed process
-        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def retire_checkpoints(run: Run, keep: int = 1) -> None:
+    """Take from older checkpoints what only a resumed run reads; what else is in them stays."""
+    for old in _checkpoints(run)[:-keep]:
+        for name in ("state.json", "optimizer.safetensors", "weights.safetensors"):  # the first marks it complete
+            (old / name).unlink(missing_ok=True)
 
 
 class Checkpoint(NamedTuple):

@@ -25,6 +25,9 @@ _NOT_TRAINING = ("eval", "redteam", "report", "judge", "export")
 ANALYSES = ("attribution", "attack", "gap")
 """Documents in `evals/` that are of another form than an eval's."""
 
+CELLS = "cells"
+"""Key by which a campaign of attackers is told from an eval."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -110,6 +113,10 @@ class RunData:
     """What `temper attribution attack` found."""
     gap: Row = field(default_factory=dict)
     """What `temper attribution gap` found."""
+    redteam: Row = field(default_factory=dict)
+    """What `temper redteam TARGET attacker=...` found."""
+    redteam_rows: list[Row] = field(default_factory=list)
+    """Its attempts."""
     arms: dict[str, list[RunData]] = field(default_factory=dict)
     """Arm name -> its runs, by seed."""
     problems: tuple[str, ...] = ()
@@ -168,9 +175,11 @@ def read_run(root: Path) -> RunData:
     evals = [
         read_eval(path.stem, got, rows(f"evals/{path.stem}.jsonl"), problems)
         for path in sorted((root / "evals").glob("*.json"))
-        if path.stem not in ANALYSES and (got := document(f"evals/{path.name}"))
+        if path.stem not in ANALYSES and (got := document(f"evals/{path.name}")) and CELLS not in got
     ]
     attribution = document("evals/attribution.json")
+    redteam = document("evals/redteam.json")
+    redteam = redteam if CELLS in redteam else {}
     if not run.has("provenance.json"):
         problems.append("no provenance.json: versions, judges, licences and cost are unknown")
     return RunData(
@@ -195,6 +204,8 @@ def read_run(root: Path) -> RunData:
         attribution_scores=rows("data/scores.jsonl") if attribution else [],
         attack=document("evals/attack.json"),
         gap=document("evals/gap.json"),
+        redteam=redteam,
+        redteam_rows=rows("evals/redteam.jsonl") if redteam else [],
         arms=_read_arms(root, _arm_names(config), problems),
         problems=tuple(problems),
     )

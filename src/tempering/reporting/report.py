@@ -46,7 +46,7 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None) -
         for r in refutation
         if r.verdict == "refuted"
     ]
-    if not systems and not any(run.attribution or run.attack or run.gap for run in data):
+    if not systems and not any(run.attribution or run.attack or run.gap or run.redteam for run in data):
         warnings.append("no evals in these runs: nothing is measured")
     content = {
         "schema": SCHEMA,

@@ -20,6 +20,7 @@ from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import RunData, phase_seconds, texts
 from tempering.reporting.compare import CLAIM, Compared, Refutation
 from tempering.reporting.reconstruction import called
+from tempering.reporting.redteam import redteam_panels
 from tempering.reporting.safemoe import ribbons
 from tempering.reporting.systems import System, corrected_name, judge_cards, meaning, metric_order, summary_metrics
 from tempering.reporting.training import arms_plot, difficulty_note, training_plots
@@ -76,6 +77,7 @@ def page(
         ],
         attribution_attacks=attack_panels(runs),
         gaps=gap_panels(runs),
+        redteams=redteam_panels(runs),
         unlearned=[
             {**panel, "plots": [Markup(svg) for svg in panel["plots"]]} for panel in unlearning.panels(systems)
         ],

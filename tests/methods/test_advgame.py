@@ -1,0 +1,448 @@
+"""The game on a tiny random model: it runs, its files hold what they say, and who is judged by whom."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempering.core.chat import Encoded, collate
+from tempering.core.config import build
+from tempering.core.loading import resolve
+from tempering.core.policy import LoraSettings, Policy, load_tensors
+from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
+from tempering.core.records import Prompt, content_id
+from tempering.core.run import Run, file_hash
+from tempering.data.attacker import INSTRUCTIONS
+from tempering.judges.game import GameJudge, Said
+from tempering.judges.journal import Journal
+from tempering.methods import advgame
+from tempering.methods.advgame import warm_start
+from tempering.methods.advgame.planner import memory_plan
+from tempering.methods.advgame.players import load_seats
+from tempering.methods.advgame.rollout import JUDGEMENTS, Judges
+from tempering.methods.advgame.settings import ROLES, AdvGameConfig
+
+SEEDS = [
+    {"prompt": f"{verb} the {thing} number {i}", "category": category, "split": split}
+    for category, verb in (("harmful", "break"), ("benign", "paint"))
+    for split, count in (("train", 5), ("valid", 2))
+    for i, thing in enumerate(
+        ["stone", "river", "apple", "glass", "paper"][:count] if split == "train" else ["yes", "no"]
+    )
+]
+
+
+@pytest.fixture
+def seeds_file(tmp_path):
+    path = tmp_path / "seeds.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SEEDS), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def short_instructions(monkeypatch):
+    """A byte tokenizer makes hundreds of tokens of the real ones."""
+    for category in ("harmful", "benign"):
+        monkeypatch.setitem(INSTRUCTIONS, category, f"Rewrite it ({category}).")
+
+
+@pytest.fixture
+def quick_model(tiny_model_dir, tmp_path):
+    """The tiny random model with half of its tokens as ends of a turn, so that what it writes stops."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir(), folder)
+    file = folder / "generation_config.json"
+    own = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**own, "eos_token_id": [2, *range(160, 320)]}), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def settings(quick_model, seeds_file, tmp_path):
+    """A function: overrides -> a configuration of a small and quick game."""
+
+    def make(**over):
+        tree = {
+            "model": quick_model, "data": {"train": seeds_file}, "out": str(tmp_path / "run"), "steps": 3,
+            "dtype": "float32", "rollout": {"attacker_tokens": 6, "defender_tokens": 6}, "max_length": 512,
+            "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
+            "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+            "warm_start": {"rewrites": 0, "brief": 0}, "kl_every": 1,
+        }  # fmt: skip
+        for key, value in over.items():
+            tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
+        return build(AdvGameConfig, tree, "test")
+
+    return make
+
+
+class Counting:
+    """Points for a letter; counts how often it was asked the same, and fails for a share of its questions."""
+
+    identity = "counting"
+
+    def __init__(self, letter="e", failing=0.0):
+        self.letter, self.failing, self.asked = letter, failing, Counter()
+
+    def rubric_hash(self, criterion):
+        return "one"
+
+    def __call__(self, questions):
+        self.asked.update(questions)
+        return [self.said(question) for question in questions]
+
+    def said(self, question):
+        if int(content_id(question), 16) % 100 < 100 * self.failing:
+            return Said(None, "the judge is asleep")
+        if question.criterion.startswith("faithfulness"):
+            return Said((1.0,), None)
+        return Said(
+            tuple(min(10.0, 2.0 * text.count(self.letter) + len(text) / 10) for text in question.responses), None
+        )
+
+
+def judged_by(asker):
+    """What makes the judges of a run, for `train`."""
+
+    def make(config, run):
+        own = config.judges
+        judge = GameJudge(
+            asker, kind=own.kind, seed=config.seed, judge_singletons=True, journal=Journal(run.path(JUDGEMENTS))
+        )
+        return Judges(judge, judge if own.defender else None, judge if own.attacker else None)
+
+    return make
+
+
+def lines(path):
+    return path.read_bytes().splitlines()
+
+
+def untimed(run):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in run.read_rows("metrics.jsonl")]
+
+
+def test_a_game_leaves_both_players_their_averages_and_what_was_played(settings, tmp_path):
+    asker = Counting()
+    run = advgame.train(settings(), make_judges=judged_by(asker))
+    assert run.is_done and max(asker.asked.values()) == 1
+    for role in ("attacker", "defender"):
+        for name in (role, f"{role}_raw"):
+            assert (run.root / "final" / name / "adapter_config.json").is_file() is (role == "defender")
+        for folder in ("step-2", "step-3"):
+            assert (run.root / "checkpoints" / folder / f"{role}_ema").is_dir()
+    rows = [row for row in run.read_rows("metrics.jsonl") if "event" not in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    learned = [row for row in rows if "attacker/delta" in row and "defender/delta" in row]
+    assert learned and learned[0]["attacker/delta"] == learned[0]["defender/delta"] == 0  # step 0: Delta is 0
+    assert learned[0]["attacker/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # The player moves, the average follows, the start stays.
+    assert rows[-1]["defender/kl_initial_nats"] > rows[-1]["defender/kl_ema_nats"] > 0
+    events = [row for row in run.read_rows("metrics.jsonl") if "event" in row]
+    assert [row["step"] for row in events] == [0, 2, 3] and events[-1]["attacker/n"] > 0
+    pairs = run.read_rows("data/pairs.jsonl")
+    assert sum(row[f"{p}/{c}/pairs"] for row in rows for p in ROLES for c in ("harmful", "benign")) == len(pairs)
+    assert all(row["rewards"][0] > row["rewards"][1] for row in pairs)
+    played = run.read_rows("data/rollouts.jsonl")
+    assert len({(r["policy_version"], r["rng_key"]) for r in played}) == len(played)
+    assert run.provenance["unsafe"] is False
+    game = run.read_json("data/game.json")
+    assert game["peak_bytes"] > 0 and sum(found["pairs"] for found in game["yield"].values()) == len(pairs)
+
+
+def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, monkeypatch):
+    run = advgame.train(settings(), make_judges=judged_by(Counting()))
+    source = resolve(str(run.root))
+    assert Path(source.adapter) == run.root / "final" / "defender" and not source.unsafe
+    at = resolve(f"{run.root}@step-2")
+    assert Path(at.adapter) == run.root / "checkpoints" / "step-2" / "defender_ema"
+    with pytest.raises(FileNotFoundError, match="step-2, step-3"):
+        resolve(f"{run.root}@step-1")
+    for folder in ("final/attacker", "final/attacker_raw", "checkpoints/step-2/attacker_ema"):
+        with pytest.raises(UnsafeExpertAccess):
+            resolve(str(run.root / folder))
+        card = json.loads((run.root / folder / "player.json").read_text(encoding="utf-8"))
+        assert card["unsafe"] is True and card["role"] == "attacker" and card["format"] == "raw"
+        assert card["adapter_sha256"] == file_hash(run.root / folder / "adapter_model.safetensors.unsafe")
+    # With the override it computes where it is named, and nowhere else.
+    monkeypatch.setenv("TEMPER_ALLOW_UNSAFE_EXPERTS", "1")
+    policy = Policy.load(card["base"], dtype="float32")
+    with allow_unsafe_experts(reason="a test"):
+        policy.load_player("attacker", run.root / "final" / "attacker_raw")
+    assert policy.adapters == [] and policy._active() == []
+    answer = advgame.sampler(run)([Prompt(({"role": "user", "content": "paint"},))], max_new_tokens=2)
+    assert len(answer[0]) == 1
+
+
+def test_a_resumed_game_is_the_same_game(settings, tmp_path):
+    whole = advgame.train(settings(out=str(tmp_path / "whole")), make_judges=judged_by(Counting()))
+    broken = settings(out=str(tmp_path / "cut"))
+
+    class Stopping(Counting):
+        def __call__(self, questions):
+            if sum(self.asked.values()) > 40:
+                raise InterruptedError
+            return super().__call__(questions)
+
+    first = Stopping()
+    with pytest.raises(InterruptedError):
+        advgame.train(broken, make_judges=judged_by(first))
+    with (tmp_path / "cut" / "data" / "rollouts.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "torn')
+    second = Counting()
+    cut = advgame.train(broken, resume=True, make_judges=judged_by(second))
+    assert not set(first.asked) & set(second.asked)
+    assert untimed(cut) == untimed(whole)
+    for name in ("data/rollouts.jsonl", "data/judgements.jsonl", "data/pairs.jsonl"):
+        assert lines(cut.root / name) == lines(whole.root / name), name
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        assert (cut.root / "checkpoints/step-3" / name).read_bytes() == (
+            whole.root / "checkpoints/step-3" / name
+        ).read_bytes()
+
+
+def test_judges_that_fail_for_a_third_leave_fewer_pairs_and_above_the_limit_the_run_stops(settings, tmp_path):
+    patient = settings(judges={"max_unscored": 0.6, "kind": "pointwise"}, out=str(tmp_path / "patient"))
+    run = advgame.train(patient, make_judges=judged_by(Counting(failing=0.3)))
+    rows = [row for row in run.read_rows("metrics.jsonl") if "event" not in row]
+    assert 0.1 < rows[-1]["guard/unscored"] < 0.6
+    assert any("BAD_" in name for row in rows for name in row)
+    assert all(None not in row["rewards"] for row in run.read_rows("data/pairs.jsonl"))
+    strict = settings(judges={"max_unscored": 0.05, "unscored_window": 2}, out=str(tmp_path / "strict"))
+    with pytest.raises(RuntimeError, match=r"the judge is asleep.*judges\.max_unscored"):
+        advgame.train(strict, make_judges=judged_by(Counting(failing=0.3)))
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"loss": "grpo", "judges": {"kind": "pointwise"}, "ema": {"mode": "frozen_a"}},
+        {"loss": "ipo", "per_class_updates": True, "cosine_restart": True, "ema": {"mode": "retruncate"}},
+        {"players": {"shared": True}, "labels": "shuffled"},
+        {"loss": "sft", "players": {"attacker": {"train": False, "sampler": "initial"}}, "rollout": {"fresh": False}},
+        {"opponents": {"probability": 1.0, "every": 1}, "players": {"defender": {"reference": "slow_ema"}}},
+        {
+            "rollout": {"source": "seeds", "attacks": 1},
+            "players": {"attacker": {"train": False}},
+            "gradient_checkpointing": True,
+        },
+        {"judges": {"attacker": None, "defender": None}, "data": {"classes": ["harmful"]}},
+    ],
+    ids=lambda over: ",".join(over),
+)  # fmt: skip
+def test_every_variant_plays(settings, tmp_path, over):
+    config = settings(**over, steps=2, eval_every=0)
+    run = advgame.train(config, make_judges=judged_by(Counting()))
+    rows = run.read_rows("metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    if "opponents" in over:  # the second step is played by the first's attacker, who learns nothing from it
+        assert rows[1]["attacker/harmful/pairs"] == rows[1]["attacker/benign/pairs"] == 0
+    if "players" in over and not config.players.attacker.train:
+        kept = load_tensors(run.root / "checkpoints/step-2/weights.safetensors")
+        assert all(not x.any() for name, x in kept.items() if "lora_B.attacker" in name)
+
+
+def test_a_defender_that_begins_to_refuse_raises_an_alarm_once(settings, capsys):
+    config = settings(guard={"window": 2, "drop": 0.2})
+    state = {"benign": [], "dispersion": []}
+    for step, comply in enumerate((4, 4, 4, 2, 2, 2), 1):
+        state["benign"].append([comply, 4])
+        state["dispersion"].append(1.0)
+        advgame.watch_over(config, state, step)
+    assert capsys.readouterr().err.count("learning to refuse") == 1
+    strict = settings(guard={"window": 2, "drop": 0.2, "stop": True})
+    with pytest.raises(RuntimeError, match=r"class_weights\.benign"):
+        advgame.watch_over(strict, {"benign": [[4, 4]] * 3 + [[1, 4]], "dispersion": [1.0] * 4}, 4)
+
+
+def test_players_start_on_top_of_a_run(settings, tmp_path, quick_model):
+    start = Policy.load(quick_model, dtype="float32")
+    start.add_adapter("sft", LoraSettings(r=2, alpha=4), seed=0)
+    for _, _, b, _ in start.player_layers("sft"):
+        b.data.fill_(0.05)
+    start.export(tmp_path / "start")
+    config = settings(players={"attacker": {"init": str(tmp_path / "start")}}, steps=1, eval_every=0)
+    seats = load_seats(config)
+    assert seats.attacker.policy is seats.defender.policy
+    assert seats.attacker.stack("initial") == ["attacker_init"] and seats.defender.stack("initial") == []
+    assert seats.attacker.version("current") == seats.attacker.version("current")
+    run = advgame.train(config, make_judges=judged_by(Counting()))
+    config_of = json.loads((run.root / "final/attacker/adapter_config.json.unsafe").read_text(encoding="utf-8"))
+    assert config_of["r"] == 4  # both stand in what is exported
+    with pytest.raises(ValueError, match="no adapter"):
+        load_seats(settings(players={"attacker": {"init": quick_model}}))
+
+
+def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once(settings, tmp_path, monkeypatch):
+    config = settings(
+        warm_start={"rewrites": 4, "brief": 4, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
+        rollout={"attacker_tokens": 64, "defender_tokens": 24}, max_prompt_length=400,
+    )  # fmt: skip
+    run = advgame.train(config, make_judges=judged_by(Counting()))
+    warm = load_tensors(run.root / "checkpoints/attacker_warm.safetensors")
+    assert any(x.any() for name, x in warm.items() if "lora_B" in name)
+    seats = load_seats(config)
+    assert seats.attacker.below == ["attacker_warm"] and seats.defender.below == ["defender_warm"]
+    row = collate([[Encoded([5, 6, 7, 8], 2)]], 0)
+    policy = seats.attacker.policy
+    with policy.using(["attacker_warm"]):
+        before = policy.scorer(row).logprob
+    monkeypatch.setattr(warm_start, "imitate", lambda *_: pytest.fail("it was learned again"))
+    warm_start.warm_up(config, seats, {}, run, None)
+    with policy.using(["attacker_warm"]):
+        assert not torch.equal(policy.scorer(row).logprob, before)
+
+
+def test_a_brief_answer_ends_with_a_sentence(tiny_tokenizer):
+    ids = tiny_tokenizer("yes. no, I", add_special_tokens=False)["input_ids"]
+    dot = next(i for i in range(len(ids)) if "." in tiny_tokenizer.decode(ids[: i + 1]))
+    assert warm_start.brief_ids(tiny_tokenizer, ids, 2, {2}, 100) == [*ids[: dot + 1], 2]
+    assert warm_start.brief_ids(tiny_tokenizer, ids[:dot], 2, {2}, 100) == []
+    assert warm_start.brief_ids(tiny_tokenizer, [*ids[:2], 2], 2, {2}, 5) == [*ids[:2], 2]
+
+
+def test_a_player_of_another_base_has_a_policy_of_its_own(settings, tmp_path, tiny_model_dir):
+    other = str(tiny_model_dir(seed=1))
+    run = advgame.train(
+        settings(players={"attacker": {"model": other}}, steps=1, eval_every=0),
+        make_judges=judged_by(Counting()),
+    )
+    card = json.loads((run.root / "final/attacker/player.json").read_text(encoding="utf-8"))
+    assert card["base"] == other != resolve(str(run.root)).base
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"loss": "grpo"}, "pointwise"),
+        ({"players": {"attacker": {"train": False}, "defender": {"train": False}}}, "neither player trains"),
+        ({"players": {"shared": True, "attacker": {"init": "x"}}}, "set alike"),
+        ({"judges": {"default": "classifier:x"}}, "judges.default='classifier:x'"),
+        ({"max_prompt_length": 508}, "max_length=512 is less"),
+        ({"max_prompt_length": 20}, "max_prompt_length=20"),
+        ({"rollout": {"attacks": 1, "responses": 1}}, "nothing to compare"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_written(settings, tmp_path, over, message):
+    with pytest.raises(ValueError, match=message):
+        advgame.train(settings(**over))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_made_without_weights(settings, monkeypatch):
+    monkeypatch.setattr(Policy, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    facts = advgame.dry_run(settings())
+    # 4 seeds x 2 attacks; 16 answers; 8 faithfulness + 8 x 1 pair of answers + 4 x 1 pair of attacks
+    assert facts["per_step"] == {"attacks": 8, "answers_at_most": 16, "judgements_at_most": 20}
+    plan = facts["memory"]
+    assert plan["fits"] and plan["peak"] > plan["weights"] > 0
+    one = advgame.dry_run(settings(players={"shared": True}))["memory"]
+    assert one["adapters"] < plan["adapters"] and one["weights"] == plan["weights"]
+
+
+def test_the_plan_counts_parameters_as_they_are(settings, quick_model):
+    config = settings()
+    policy = load_seats(config).attacker.policy
+    plan = memory_plan(config)
+    base = sum(p.numel() * 4 for n, p in policy.model.named_parameters() if ".lora_" not in n)
+    own = sum(p.numel() * 4 for n, p in policy.model.named_parameters() if ".lora_" in n and "_ema" not in n)
+    assert plan.weights == base
+    assert plan.adapters >= own * 5  # each player: itself, its average, gradient and two moments
+
+
+def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(settings, tmp_path):
+    """Qwen2.5-7B in bf16: 15.2 GB once; LoRA on all linear layers 2.52 M numbers a rank."""
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "qwen")  # fmt: skip
+    config = settings(
+        model=str(tmp_path / "qwen"), dtype="bfloat16", ema={"audit": False},
+        lora={"r": 32, "alpha": 64, "target_modules": "all-linear"},
+    )  # fmt: skip
+    plan = memory_plan(config)
+    assert plan.weights == pytest.approx(15.2e9, rel=0.01)
+    # Two players, each with an average, a gradient and two moments, in float32.
+    assert plan.adapters == pytest.approx(2 * 5 * 4 * 32 * 2.52e6, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["rollouts", "judgements", "pairs", "checkpoints"])
+def test_a_killed_game_goes_on_byte_for_byte(settings, tmp_path, moment):
+    """kill -9 while sampling, judging, updating or saving; then --resume."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    base = settings(steps=4, eval_every=0, table_every=0).model_dump(mode="json")
+
+    def start(out, *more):
+        (tmp_path / f"{out.name}.json").write_text(json.dumps({**base, "out": str(out)}), encoding="utf-8")
+        return [sys.executable, __file__, str(tmp_path / f"{out.name}.json"), *more]
+
+    subprocess.run(start(whole), check=True, capture_output=True)
+    size = {"rollouts": 4, "judgements": 6, "pairs": 5}.get(moment)
+    process = subprocess.Popen(start(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def is_time():
+        if size is None:
+            return any((cut / "checkpoints").glob(".saving-*")) or (cut / "checkpoints/step-2").is_dir()
+        file = cut / "data" / f"{moment}.jsonl"
+        return file.is_file() and len(lines(file)) > size * 4
+
+    while process.poll() is None and not is_time():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (cut / "DONE").exists()
+    subprocess.run(start(cut, "resume"), check=True, capture_output=True)
+    assert untimed(Run.open(cut)) == untimed(Run.open(whole))
+    for name in ("data/rollouts.jsonl", "data/judgements.jsonl", "data/pairs.jsonl", "asked.jsonl"):
+        assert lines(cut / name) == lines(whole / name), name
+    names = ["checkpoints/step-4/weights.safetensors", "checkpoints/step-4/optimizer.safetensors"]
+    names += ["final/defender/adapter_model.safetensors", "final/attacker/adapter_model.safetensors.unsafe"]
+    for name in names:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_each_player_earns_more_against_the_other_as_it_was(settings, tmp_path, seed):
+    """A judge that counts a letter: 50 steps raise each player's reward on fixed trees."""
+    config = settings(
+        steps=50, seed=seed, eval_every=50, eval_trees=48, checkpoint_every=50, lr=2e-2, kl_every=0, table_every=0,
+        lora={"r": 4, "alpha": 8, "target_modules": "all-linear"}, ema={"decay": 0.8}, rollout={"seeds": 4},
+    )  # fmt: skip
+    run = advgame.train(config, make_judges=judged_by(Counting()))
+    last = run.read_rows("metrics.jsonl")[-1]
+    assert last["attacker/reward"] > last["attacker/reward_initial"]
+    assert last["defender/reward"] > last["defender/reward_initial"]
+
+
+def main():
+    """Play in a process of its own, with a judge that writes down what it is asked before it answers."""
+
+    class Writing(Counting):
+        def __call__(self, questions):
+            with (Path(tree["out"]) / "asked.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(question) + "\n" for question in questions)
+            time.sleep(0.02)
+            return super().__call__(questions)
+
+    tree = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    for category in ("harmful", "benign"):
+        INSTRUCTIONS[category] = f"Rewrite it ({category})."
+    advgame.train(
+        build(AdvGameConfig, tree, "test"), resume="resume" in sys.argv[2:], make_judges=judged_by(Writing())
+    )
+
+
+if __name__ == "__main__":
+    main()
