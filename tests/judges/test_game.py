@@ -491,6 +491,18 @@ def test_an_endpoint_that_fails_now_and_then_leaves_only_those_open(serve, tmp_p
     assert all(pair[0].score == 0.7 for pair in again) and len(asked) == 13
 
 
+def test_a_model_in_this_process_is_asked_like_any_other(monkeypatch):
+    asked = []
+
+    def load(reference):
+        asked.append(reference)
+        return by({"a": 6, "b": 2})
+
+    monkeypatch.setattr("tempering.core.sampling.load_sampler", load)
+    one = game_judge("local:some/model", order="both")
+    assert asked == ["some/model"] and scores(one.score([group("a", "b")])[0]) == [0.6, 0.2]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_encoder(), reason="the encoder is an extra; run where it is installed")
 def test_the_installed_encoder_tells_a_rewording_from_another_request():

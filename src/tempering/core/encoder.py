@@ -51,9 +51,12 @@ def load_encoder(name: str = ENCODER, *, what: str = "the encoder", instead: str
         raise ValueError(f"{what} needs sentence-transformers: {remedy}")
     from sentence_transformers import SentenceTransformer
 
+    from tempering.core.loading import quiet_libraries  # loads torch, for which `temper doctor` must not wait
+
     local = encoder_folder() if name == ENCODER else None
     try:
-        model = SentenceTransformer(str(local or name), device="cpu")
+        with quiet_libraries():
+            model = SentenceTransformer(str(local or name), device="cpu")
     except Exception as error:  # a boundary: the library raises anything
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{what} {name}: cannot load it ({first}); {remedy}") from error
