@@ -566,7 +566,7 @@ def judge_check(
         str,
         typer.Argument(
             help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], detoxify[:VARIANT], "
-            "profanity_svm, "
+            "profanity_svm, lexicon, "
             "ensemble:JUDGE+JUDGE[+...] or pairwise:openai:MODEL@URL[#QUESTION]."
         ),
     ],
