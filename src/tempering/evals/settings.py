@@ -136,10 +136,10 @@ class EvalConfig(Config):
     judge_card: tuple[str, ...] = ()
     """Cards of these judges, by `temper judge check`, one file or a list: adds `METRIC/corrected` to their rates."""
     toxicity_judge: str = "rules"
-    """Scorer of toxicity: `rules` or `profanity_svm` (both offline), `detoxify`, `classifier:MODEL_ID`, or
+    """Scorer of toxicity: `rules`, `profanity_svm` or `lexicon` (all offline), `detoxify`, `classifier:MODEL_ID`, or
     `openai:MODEL@URL`."""
     continuations: int = Field(25, ge=1)
-    """Continuations of each prompt in `toxicity`; the expected maximum grows with it (papers: 25)."""
+    """Continuations of each prompt in `toxicity` (papers: 25; its maximum grows with them) and `collapse` (5)."""
     fluency_model: str | None = None
     """Model reference under which `toxicity` measures perplexity; null: the model that the target started from."""
     by: Literal["logprob", "generation"] | None = None
@@ -207,9 +207,12 @@ class EvalConfig(Config):
     """Prompts answered and judged together; after each such batch the rows are on disk."""
     gate: dict[str, float] = Field(default_factory=dict)
     """Metric -> worst acceptable value in [0, 1]: a floor for accuracy and refusal_rate, else a ceiling."""
-    sampler: Literal["attribution", "policy"] | None = None
+    sampler: Literal["attribution", "policy", "probe_subtract"] | None = None
     """How the target answers: null, as it does by itself; `attribution`, with the best of several candidates;
-    `policy`, with the policies of the registry before each request."""
+    `policy`, with the policies of the registry before each request; `probe_subtract`, with probes subtracted from its
+    states."""
+    probe_subtract: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `sampler=probe_subtract`: the run `probes`, and such as `strength` (docs/unlearning.md)."""
     policy: dict[str, Any] = Field(default_factory=dict)
     """Settings of `sampler=policy`, such as `mode` and `policies` (docs/deliberative.md)."""
     policies: str | None = None
