@@ -57,6 +57,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": _CONTINUED,
     **{name: {**_CONTINUED, "option_score": "mean"} for name in ATTACKS_ON_UNLEARNING},
     "knowledge": {"max_new_tokens": 32},
+    "collapse": {**_CONTINUED, "max_new_tokens": 40, "continuations": 5},
     "attack_success": {"max_new_tokens": 64},
 }
 """Eval -> defaults that differ from those of `EvalConfig`: toxicity is measured on samples, as in its papers."""
@@ -149,6 +150,9 @@ class EvalConfig(Config):
     sum or their mean per token."""
     shuffle: bool = False
     """Whether `knowledge` permutes the options, by a hash of seed and question."""
+    recall: bool = False
+    """Whether `knowledge` also asks without options: the `cloze` of each question, and how likely its
+    `held_out_statement` is."""
     tasks: tuple[str, ...] = ()
     """Tasks or groups that `lm_eval` runs, by their names there, or YAML files of tasks."""
     include_path: str | None = None
