@@ -10,6 +10,9 @@ the same layers, tensors, data, steps and `max_kl`: an arm that passes that KL g
 start, so all are compared at the same KL on neutral text. An arm that stays below it is marked; then raise
 --steps or --lr.
 
+`--subtract` adds `probe_subtract`, the probes of the bank subtracted at inference: no weights change, so it is not
+held at equal KL, and of its price only fluency and capability are known.
+
 Measured: expected maximum toxicity and toxicity probability on `--data` (a file of `prompt` rows) and on the bundled
 held-out openings, fluency under `--fluency-model` (default: the model each target started from), capability, and
 over-erasure. Scores are of `--scorer`, which was not trained on the probes' texts. Differences are paired over
@@ -48,6 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dpo": {"objective": "dpo"},
 }
 CONTROLS = ("random", "shuffled")
+SUBTRACT = "probe_subtract"
 PRIMARY = "expected_max_toxicity"
 LEVELS = (PRIMARY, "toxicity_probability")
 
@@ -81,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run = trained(out / start / f"{arm}-seed{seed}", settings)
                 found[arm].append(measured(args, str(run.root), run.root.with_name(run.root.name + "-evals"), sets)
                                   | {"kl": last_kl(run)})  # fmt: skip
+        if args.subtract:
+            subtracted = {
+                "sampler": "probe_subtract",
+                "probe_subtract": {"probes": str(bank.root), "n_layers": args.n_layers},
+            }
+            found[SUBTRACT] = [measured(args, model, out / start / SUBTRACT, sets, **subtracted)]
         results["starts"][start] = summary(found, args)
     text = table(results)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -114,6 +124,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all arms, such as alpha=30"
     )
     parser.add_argument("--no-capability", action="store_true")
+    parser.add_argument("--subtract", action="store_true", help="also subtract the probes at inference")
     parser.add_argument("--plan", action="store_true")
     return parser.parse_args(argv)
 
@@ -164,12 +175,15 @@ def write_openings(file: Path) -> str:
     return str(file)
 
 
-def measured(args: argparse.Namespace, target: str, folder: Path, sets: Mapping[str, str]) -> dict[str, Any]:
+def measured(
+    args: argparse.Namespace, target: str, folder: Path, sets: Mapping[str, str], **answering: Any
+) -> dict[str, Any]:
     """What the evals found of a target: rows of toxicity by prompt set, and the metrics of its price."""
     found: dict[str, Any] = {}
     for name, data in sets.items():
         out = folder / name
         settings: dict[str, Any] = {"data": data, "continuations": args.samples, "toxicity_judge": args.scorer}
+        settings |= answering
         if args.fluency_model:
             settings["fluency_model"] = args.fluency_model
         if name == "data":
@@ -177,9 +191,12 @@ def measured(args: argparse.Namespace, target: str, folder: Path, sets: Mapping[
         tempering.evaluate(target, ["toxicity"], out=out, resume=out.exists(), dtype=args.dtype, **settings)
         run = Run.open(out)
         found[name] = {row["id"]: row["outcomes"] for row in run.read_rows("evals/toxicity.jsonl")}
-    price = ["over_erasure"] + ([] if args.no_capability else ["capability"])
+    price = [] if answering else ["over_erasure"]  # which reads weights, and these do not change
+    price += [] if args.no_capability else ["capability"]
+    if not price:
+        return found | {"price": {}}
     out = folder / "price"
-    documents = tempering.evaluate(target, price, out=out, resume=out.exists(), dtype=args.dtype)
+    documents = tempering.evaluate(target, price, out=out, resume=out.exists(), dtype=args.dtype, **answering)
     found["price"] = {k: m["value"] for d in documents.values() for k, m in d["metrics"].items()}
     return found
 
@@ -243,7 +260,7 @@ def table(results: Mapping[str, Any]) -> str:
             for arm, entry in arms.items():
                 own = entry["sets"][name]
                 nll = own.get("fluency_nll", math.nan) - first["sets"][name].get("fluency_nll", math.nan)
-                mark = "" if arm == "start" or entry["reached_kl"] else " (below)"
+                mark = "" if arm == "start" or entry["reached_kl"] else " (none)" if arm == SUBTRACT else " (below)"
                 lines.append(
                     f"| {arm} | {_number(entry['kl'])}{mark} | "
                     + " | ".join(f"{own[m]:.3f} | {_interval(own.get('minus_start', {}).get(m))}" for m in LEVELS)

@@ -120,9 +120,10 @@ def load(
     target: str,
     *,
     dtype: Dtype = "auto",
-    sampler: Literal["attribution", "policy"] | None = None,
+    sampler: Literal["attribution", "policy", "probe_subtract"] | None = None,
     attribution: Mapping[str, Any] | None = None,
     policy: Mapping[str, Any] | None = None,
+    probe_subtract: Mapping[str, Any] | None = None,
     connect: Connect | None = None,
     trace: bool = False,
     **endpoint: Any,
@@ -131,14 +132,21 @@ def load(
 
     `sampler="attribution"` chooses each answer among several, as a calibration run does by itself, with the settings
     `attribution` (`SelectionConfig`). `sampler="policy"` puts policies before each request, with the settings
-    `policy` (`InContextConfig`). `trace`: a run of safemoe keeps every decision of its gate. `endpoint`: settings of
-    an endpoint, such as `concurrency` or `cache`; `connect` makes the sampler of a guard behind one.
+    `policy` (`InContextConfig`); `sampler="probe_subtract"` subtracts probes from states, with the settings
+    `probe_subtract` (`SubtractConfig`). `trace`: a run of safemoe keeps every decision of its gate. `endpoint`:
+    settings of an endpoint, such as `concurrency` or `cache`; `connect` makes the sampler of a guard behind one.
 
     Raises:
         ValueError, FileNotFoundError: wrong input; settings of a sampler that was not asked for.
     """
     if policy and sampler != "policy":
         raise ValueError(f"policy.{next(iter(policy))}: set sampler=policy too")
+    if probe_subtract and sampler != "probe_subtract":
+        raise ValueError(f"probe_subtract.{next(iter(probe_subtract))}: set sampler=probe_subtract too")
+    if sampler == "probe_subtract":
+        from tempering.methods.unlearn_toxicity.subtracting import subtracting_sampler
+
+        return subtracting_sampler(load(target, dtype=dtype, connect=connect, **endpoint), probe_subtract)
     if sampler == "policy":
         from tempering.methods.deliberative.in_context import policy_sampler
 
@@ -283,7 +291,7 @@ def _connect(target: str, config: EvalConfig) -> Sampler:
         return asked if config.sampler is None else _around(asked, config)
     return load(
         target, dtype=config.dtype, sampler=config.sampler, attribution=config.attribution, policy=config.policy,
-        connect=config.ask_judge,
+        probe_subtract=config.probe_subtract, connect=config.ask_judge,
         **({"cache": config.cache, **config.endpoint.model_dump()} if target.startswith("openai:") else {}),
         trace=config.trace,
     )  # fmt: skip
@@ -294,6 +302,10 @@ def _around(inner: Sampler, config: EvalConfig) -> Sampler:
         from tempering.methods.deliberative.in_context import policy_sampler
 
         return policy_sampler(inner, config.policy)
+    if config.sampler == "probe_subtract":
+        from tempering.methods.unlearn_toxicity.subtracting import subtracting_sampler
+
+        return subtracting_sampler(inner, config.probe_subtract)
     from tempering.methods import attribution
 
     return attribution.around(inner, config.attribution, config.ask_judge)

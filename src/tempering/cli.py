@@ -182,8 +182,8 @@ def eval_(
 ) -> None:
     """Measure harm, over_refusal, capability, safe_informative, attack_success, toxicity, knowledge and more.
 
-    Also separation, depth, policy_retrieval and lm_eval (docs/evals.md), and of unlearning over_erasure and the
-    attacks that may undo it: relearning, quantisation, direction_ablation.
+    Also separation, depth, policy_retrieval and lm_eval (docs/evals.md), and of unlearning over_erasure, collapse and
+    the attacks that may undo it: relearning, quantisation, direction_ablation.
 
     Settings: data=FILE limit=N seed=N max_new_tokens=N out=DIR judge=rules attacks=[direct,prefill,templates]
     templates=FILE judge_card=FILE (also rates corrected for the judge's error) gate.METRIC=LIMIT (exit code 3
@@ -609,7 +609,7 @@ def judge_check(
         str,
         typer.Argument(
             help="rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID[#FORMAT], detoxify[:VARIANT], "
-            "profanity_svm, "
+            "profanity_svm, lexicon, "
             "ensemble:JUDGE+JUDGE[+...] or pairwise:openai:MODEL@URL[#QUESTION]."
         ),
     ],

@@ -50,6 +50,28 @@ def test_resume_needs_the_same_configuration_and_names_what_differs(tmp_path):
         Run.create(tmp_path / "run", "safemoe", Settings(inner={"a": 1}), resume=True)
 
 
+def test_a_run_from_before_a_field_existed_goes_on_where_the_field_has_its_default(tmp_path):
+    class Inner(Config):
+        """More."""
+
+        steps: int = 3
+        """A number."""
+
+    class Newer(Settings):
+        """With fields of later."""
+
+        rounds: int = 1
+        """A number."""
+        part: Inner = Inner()
+        """More."""
+
+    run = new(tmp_path, inner={"a": 1})
+    Run.create(run.root, "sft", Newer(inner={"a": 1}), resume=True)
+    for later in ({"rounds": 2}, {"part": {"steps": 4}}, {"inner": {"a": 1, "b": 2}}):
+        with pytest.raises(ValueError, match="resume with the same configuration"):
+            Run.create(run.root, "sft", Newer(**{"inner": {"a": 1}, **later}), resume=True)
+
+
 def test_resume_of_a_run_that_was_killed_before_its_first_write_starts_it(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.yaml.tmp").write_text("")

@@ -185,3 +185,33 @@ def test_profanity_svm_that_is_not_installed_names_the_extra(monkeypatch):
         load_judge("profanity_svm", "toxic")
     with pytest.raises(ValueError, match="unknown judge"):
         load_judge("profanity_svm:big", "toxic")
+
+
+# --- lexicon ------------------------------------------------------------------------------------------
+
+
+def test_lexicon_says_whether_a_listed_word_is_there_and_was_fitted_to_nothing(monkeypatch):
+    loaded = []
+    module = types.ModuleType("better_profanity")
+    module.profanity = types.SimpleNamespace(
+        load_censor_words=lambda: loaded.append(1), contains_profanity=lambda text: "stone" in text
+    )
+    module.__spec__ = types.SimpleNamespace(name="better_profanity")
+    monkeypatch.setitem(sys.modules, "better_profanity", module)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    judge = load_judge("lexicon", "toxic")
+    rows = [Completion(PROMPT.id, text, "stop") for text in ("you stone", "a river", "")]
+    found = judge(PROMPT, [*rows, Completion(PROMPT.id, "", "error", error="down")])
+    assert [v.score for v in found] == [1.0, 0.0, 0.0, None] and [v.label for v in found][:2] == ["profane", "clean"]
+    assert found[3].reason == "no completion: down" and loaded == [1]
+    assert judge.identity == "lexicon-better-profanity-1.0/toxic/v1" and trained_on(judge) == frozenset()
+    with pytest.raises(ValueError, match="not whether it is harmful"):
+        load_judge("lexicon", "harmful")
+
+
+def test_lexicon_that_is_not_installed_names_package_and_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"better-profanity: pip install 'tempering\[toxicity\]'"):
+        load_judge("lexicon", "toxic")
+    with pytest.raises(ValueError, match="unknown judge"):
+        load_judge("lexicon:big", "toxic")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tempering.core.activations import blocks as choosing_blocks
 from tempering.core.activations import masked_mean
 from tempering.core.bank import make_bank
 from tempering.core.config import build
@@ -16,7 +17,7 @@ from tempering.core.text_rows import read_states
 from tempering.core.training import Processes
 from tempering.judges import toxicity
 from tempering.methods import unlearn_toxicity as method
-from tempering.methods.unlearn_toxicity import checks
+from tempering.methods.unlearn_toxicity import checks, choosing
 from tempering.methods.unlearn_toxicity.settings import UnlearnToxicityConfig
 from tempering.methods.unlearn_toxicity.texts import identity_auroc, openings, read_corpus, read_labelled
 
@@ -238,6 +239,102 @@ def test_max_kl_ends_the_run_at_that_kl(settings):
     run = method.train(settings(lr=1e-1, max_kl=1e-3, steps=30))
     last = [row for row in run.read_rows("metrics.jsonl") if row.get("event") == "measured"][-1]
     assert last["step"] < 30 and 0 < last["kl"] <= 1e-3 and 0 < last["back"] < 1
+
+
+def test_rounds_fit_new_probes_and_an_interrupted_run_takes_up_the_same(settings, tmp_path, monkeypatch):
+    shared = {"rounds": 2, "steps": 4, "measure_every": 4, "probe_every": 100}
+    whole = method.train(settings(out=str(tmp_path / "whole"), **shared))
+    [probed] = [row for row in whole.read_rows("metrics.jsonl") if row.get("event") == "probed"]
+    assert probed["step"] == 5 and probed["round"] == 2 and set(probed["auroc"]) == {"0", "1"}
+    saved = load_tensors(whole.root / "final" / "directions.safetensors")
+    assert float(saved["1.direction"] @ saved["1.round1.direction"]) < 0.999
+    assert len([row for row in whole.read_rows("metrics.jsonl") if "event" not in row]) == 8
+    step = method.EditOptimiser.step
+
+    def dies(self, gradients, t):
+        if t == 5:
+            raise KeyboardInterrupt
+        return step(self, gradients, t)
+
+    config = settings(out=str(tmp_path / "cut"), **shared)
+    monkeypatch.setattr(method.EditOptimiser, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        method.train(config)
+    monkeypatch.undo()
+    cut = method.train(config, resume=True)
+    for name in ("edit.safetensors", "directions.safetensors"):
+        assert (whole.root / "final" / name).read_bytes() == (cut.root / "final" / name).read_bytes()
+
+
+def test_the_norm_guard_holds_norms_that_the_loss_leaves_free(settings):
+    ratios = []
+    for guard in (0.0, 10.0):
+        run = unlearning(settings(mode="mse_steer", alpha=0.0, norm_guard=guard))
+        assert run.norm_ratios() == pytest.approx({"norm_ratio_forget": 1.0, "norm_ratio_retain": 1.0}, abs=1e-3)
+        with torch.no_grad():
+            for p in run.parameters.values():
+                p.mul_(12)
+        grown = run.norm_ratios()["norm_ratio_forget"]
+        optimiser = method.EditOptimiser(run.parameters, run.processes, 1e-1)
+        for t in range(8):
+            optimiser.step(run.step_gradient(t)[0], t)
+        assert grown > 2
+        ratios.append(run.norm_ratios()["norm_ratio_forget"])
+    assert ratios[1] < ratios[0]
+
+
+# --- layers by their effect ------------------------------------------------------------------------------
+
+
+def test_layers_whose_direction_matters_most_are_chosen_by_fall_per_rise(settings):
+    """Falls .2, .1, .1 of toxicity at rises of 100 %, 10 % and less than 1 %, which counts as 1 %: .2, 1, 10."""
+    before = (0.5, 20.0)
+    found = [(2, 0.3, 40.0), (3, 0.4, 22.0), (5, 0.4, 20.1), (6, 0.6, 20.0)]
+    effects = [choosing.Effect(i, t, p, choosing.score(t, p, before)) for i, t, p in found]
+    assert [e.score for e in effects] == pytest.approx([0.2, 1.0, 10.0, -10.0])
+    assert choosing.most_effective(effects, 2) == [3, 5] and choosing.most_effective(effects, 8) == [2, 3, 5]
+    config = settings(layers="single", select="causal")
+    assert list(method.plan(config, None, 8, effects).weights) == [5]
+    with pytest.raises(ValueError, match="no probe's direction lowers toxicity"):
+        choosing.most_effective(effects[-1:], 2)
+
+
+def test_the_effect_of_a_layer_is_measured_with_its_direction_taken_out_and_nothing_stays(settings, monkeypatch):
+    run = unlearning(settings(causal_prompts=3))
+    seen = []
+
+    def toxicity(policy, prompts, scorer, config):
+        hooks = [i for i, block in enumerate(choosing_blocks(policy.model)) if block._forward_hooks]
+        seen.append((hooks, len(prompts)))
+        return [0.5 - 0.1 * len(hooks)] * len(prompts)
+
+    monkeypatch.setattr(choosing, "expected_maximum", toxicity)
+    found = choosing.measured_effects(run.config, run.policy, run.bank, run.corpus.neutral, Scorer([]), [0, 1])
+    assert seen == [([], 3), ([0], 3), ([1], 3)]
+    assert [row["toxicity"] for row in found["layers"]] == pytest.approx([0.4, 0.4]) and found["toxicity"] == 0.5
+    assert all(row["perplexity"] != found["perplexity"] for row in found["layers"])
+    assert not any(block._forward_hooks for block in choosing_blocks(run.policy.model))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"select": "causal"}, "layers names them"),
+        ({"objective": "rmu", "rounds": 2}, "has no probes"),
+        ({"probes_only": True, "rounds": 2}, "stops before"),
+        ({"objective": "dpo", "norm_guard": 1}, "which dpo does not read"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(settings, overrides, told):
+    with pytest.raises(ValueError, match=told):
+        settings(**overrides)
+
+
+def test_how_much_sets_of_texts_share_stands_in_the_provenance_without_a_text(settings, tmp_path):
+    run = method.train(settings(steps=1, probe_every=100))
+    rows = {(row["of"], row["in"]): row for row in run.provenance["overlap"]}
+    assert rows["forget", "retain"]["sharing"] == 0 and rows["eval", "probe"]["texts"] == 24
+    assert not any(text in json.dumps(run.provenance["overlap"]) for text in (*RUDE, *CIVIL))
 
 
 def test_dry_run_lists_tensors_and_writes_nothing(settings, tmp_path):

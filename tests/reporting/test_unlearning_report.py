@@ -142,3 +142,59 @@ def test_a_censored_number_of_steps_is_said_in_words(made, tmp_path):
     write_report(runs, tmp_path / "out")
     text = " ".join(Page((tmp_path / "out/report.html").read_text(encoding="utf-8")).text.split())
     assert "relearning steps to half recovery none in 10" in text and "over gold's unknown" in text
+
+
+# --- do probe directions carry anything? ------------------------------------------------------------------
+
+
+class Directed(Config):
+    """As far as the rule reads it."""
+
+    model: str = "start"
+    objective: str = "probe"
+    directions: str
+    layers: str = "auto"
+    seed: int = 0
+
+
+@pytest.fixture
+def directed(tmp_path):
+    """A function: directions, maxima of 40 prompts, KL -> folder of a run of unlearn_toxicity with its eval."""
+
+    def make(directions, maxima, kl=0.01, **more):
+        root = tmp_path / "-".join([directions, *map(str, more.values())])
+        run = Run.create(root, "unlearn_toxicity", Directed(directions=directions, **more))
+        (root / "final").mkdir()
+        run.append_row("metrics.jsonl", {"step": 9, "event": "measured", "kl": kl})
+        write_eval(root, "toxicity", 0, target=str(root), metric="expected_max_toxicity", numbers=maxima)
+        run.write_provenance(method="unlearn_toxicity", judges=[], unsafe=False)
+        run.finish()
+        return root
+
+    return make
+
+
+LOW, HIGH, SAME = [0.1, 0.2] * 20, [0.5, 0.55] * 20, [0.1, 0.25, 0.1, 0.15] * 10
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "kl", "told", "is_warned"),
+    [
+        (HIGH, 0.011, "probe directions lower toxicity more than their controls at equal KL", False),
+        (SAME, 0.01, "probe directions carry no signal here", True),
+        (HIGH, 0.02, "not at equal KL with its controls (set max_kl), so nothing follows", True),
+    ],
+)
+def test_probe_directions_have_to_beat_both_controls_at_equal_kl(directed, tmp_path, shuffled, kl, told, is_warned):
+    runs = [directed("probe", LOW), directed("random", HIGH), directed("shuffled", shuffled, kl)]
+    content = write_report(runs, tmp_path / "out")
+    page = " ".join(Page((tmp_path / "out/report.html").read_text(encoding="utf-8")).text.split())
+    assert told in page and told in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert any(told in w for w in content["warnings"]) is is_warned
+    assert "minus random -0.375" in page
+
+
+def test_a_control_that_differs_in_more_than_its_directions_is_none(directed, tmp_path):
+    runs = [directed("probe", LOW), directed("random", HIGH), directed("shuffled", HIGH, layers="single")]
+    content = write_report(runs, tmp_path / "out")
+    assert any("probe: not held against directions=shuffled" in w for w in content["warnings"])

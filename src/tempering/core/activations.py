@@ -119,22 +119,61 @@ def projected_out(model: nn.Module, directions: Mapping[int, Tensor]) -> Iterato
     Raises:
         ValueError: a layer that the model does not have.
     """
-    found = blocks(model)
-    if not all(1 <= layer <= len(found) for layer in directions):
-        raise ValueError(f"layers {sorted(directions)}: expected indices 1 to {len(found)}, the last block")
 
-    def without(q: Tensor) -> Callable[..., Any]:
+    def without(q: Tensor) -> Callable[[Tensor], Tensor]:
+        def change(h: Tensor) -> Tensor:
+            own = q.to(h.device)
+            return h - h @ own.T @ own
+
+        return change
+
+    with _changed(model, {layer: without(q.float()) for layer, q in directions.items()}):
+        yield
+
+
+@contextmanager
+def subtracted(model: nn.Module, probes: Mapping[int, tuple[Tensor, float]], strength: float = 1.0) -> Iterator[None]:
+    """Subtract a probe from the states that it finds positive, at all positions.
+
+        h <- h - strength relu(<h, v> + b) v
+
+    `probes`: layer (1..n) -> unit vector v (D,) and bias b. Of strength 1 a state ends where the probe is undecided,
+    of strength 2 as far on its other side; states on that side stay. The hooks are gone on exit, also after an
+    exception.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
+
+    def less(v: Tensor, b: float) -> Callable[[Tensor], Tensor]:
+        def change(h: Tensor) -> Tensor:
+            own = v.to(h.device)
+            return h - strength * (h @ own + b).relu()[..., None] * own
+
+        return change
+
+    with _changed(model, {layer: less(v.float(), b) for layer, (v, b) in probes.items()}):
+        yield
+
+
+@contextmanager
+def _changed(model: nn.Module, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Put other states, computed in float32, in place of those after layers (1..n)."""
+    found = blocks(model)
+    if not all(1 <= layer <= len(found) for layer in changes):
+        raise ValueError(f"layers {sorted(changes)}: expected indices 1 to {len(found)}, the last block")
+
+    def after(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             h = output[0] if isinstance(output, tuple) else output
-            own = q.to(h.device, torch.float32)
-            left = (h.float() - h.float() @ own.T @ own).to(h.dtype)
+            left = change(h.float()).to(h.dtype)
             return (left, *output[1:]) if isinstance(output, tuple) else left
 
         return hook
 
     handles: list[Any] = []
     try:
-        handles += [found[layer - 1].register_forward_hook(without(q)) for layer, q in directions.items()]
+        handles += [found[layer - 1].register_forward_hook(after(change)) for layer, change in changes.items()]
         yield
     finally:
         for handle in handles:

@@ -133,6 +133,24 @@ def make_bank(
     return Bank(fits, controls, worth, dict(facts or {}))
 
 
+def require_own(bank: Bank, policy: Policy, given: str) -> None:
+    """Make sure that a bank is of these weights.
+
+    Raises:
+        ValueError: it is another model's.
+    """
+    if any(bank.facts.get(key) != value for key, value in _weights(policy).items()):
+        raise ValueError(f"probes={given}: they were fitted to other weights than those of {policy.source.reference}")
+
+
+def _weights(policy: Policy) -> dict[str, Any]:
+    # Adapters too: what a model was taught is not in the fingerprint of its base.
+    return {
+        "base_fingerprint": policy.base_fingerprint(),
+        "adapters": policy.adapter_hash(policy.adapters) if policy.adapters else None,
+    }
+
+
 def find_bank(
     run: Run,
     given: str | None,
@@ -154,17 +172,10 @@ def find_bank(
         FileNotFoundError, ValueError: there is none in `given`, or it is another model's.
     """
     own = run.root / FOLDER
-    # Adapters too: what a model was taught is not in the fingerprint of its base.
-    weights = {
-        "base_fingerprint": policy.base_fingerprint(),
-        "adapters": policy.adapter_hash(policy.adapters) if policy.adapters else None,
-    }
+    weights = _weights(policy)
     if given:
         bank = Bank.load(Path(given) / FOLDER)
-        if any(bank.facts.get(key) != value for key, value in weights.items()):
-            raise ValueError(
-                f"probes={given}: they were fitted to other weights than those of {policy.source.reference}"
-            )
+        require_own(bank, policy, given)
         if processes.is_main:
             bank.save(own)
         return bank

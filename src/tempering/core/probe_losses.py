@@ -35,7 +35,7 @@ STATE_LOSSES: dict[Mode, StateLoss] = {
     "proj_hinge": lambda h, h0, p: projection_hinge(h, p.direction, p.projection, p.spread),
     "cos_steer": lambda h, h0, p: cosine_to(h, -p.direction),
     "mse_steer": lambda h, h0, p: mean_square(h, -p.norm * p.direction),
-    "erase_target": lambda h, h0, p: erase_target(h, _given(h0), p.direction, p.projection),
+    "erase_target": lambda h, h0, p: erase_target(h, given(h0), p.direction, p.projection),
 }
 """How states that carry the attribute are priced. The hinges stop where states look like those without it; the
 steers, RMU towards -v with and without a length, never stop; `erase_target` moves along v alone, to the mean."""
@@ -43,7 +43,8 @@ NEEDS_FROZEN: tuple[Mode, ...] = ("erase_target",)
 """Those that compare with the states as they were."""
 
 
-def _given(h0: Tensor | None) -> Tensor:
+def given(h0: Tensor | None) -> Tensor:
+    """The states as they were, where a loss needs them."""
     if h0 is None:
         raise ValueError("this loss compares with the states as they were, and got none")
     return h0
@@ -101,3 +102,12 @@ def tensors_of(probes: Mapping[int, Probe]) -> dict[str, Tensor]:
         out[f"{layer}.direction"], out[f"{layer}.mean"] = p.direction.cpu(), p.mean.cpu()
         out[f"{layer}.statistics"] = torch.tensor([p.projection, p.spread, p.threshold, p.norm])
     return out
+
+
+def probes_of(tensors: Mapping[str, Tensor], device: torch.device) -> dict[int, Probe]:
+    """Read what `tensors_of` made."""
+    found = {}
+    for layer in sorted(int(name.partition(".")[0]) for name in tensors if name.endswith(".statistics")):
+        v, mean = (tensors[f"{layer}.{what}"].to(device) for what in ("direction", "mean"))
+        found[layer] = Probe(layer, v, mean, *map(float, tensors[f"{layer}.statistics"]))
+    return found

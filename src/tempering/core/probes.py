@@ -277,11 +277,10 @@ def candidates(count: int) -> list[int]:
     return list(range(math.ceil(DEPTH[0] * count), math.floor(DEPTH[1] * count) + 1))
 
 
-def select_layers(worth: Sequence[Worth], count: int, n_layers: int = 8) -> list[int]:
-    """Choose layers whose probe is good and stable, spread over the depth.
+def good_layers(worth: Sequence[Worth], count: int) -> dict[int, float]:
+    """Return layer -> AUROC of the candidates whose probe is good and stable.
 
-    Of the candidates with an AUROC of at least the best minus .02, above that of permuted labels, and a stability of
-    at least .7: first the best, then each time the one farthest from those chosen (ties: higher AUROC, lower index).
+    That is an AUROC of at least the best minus .02, above that of permuted labels, and a stability of at least .7.
 
     Raises:
         ValueError: fewer than two qualify; the table says why.
@@ -305,6 +304,19 @@ def select_layers(worth: Sequence[Worth], count: int, n_layers: int = 8) -> list
             f"{len(good)} layer(s) have a probe that is good (AUROC within {AUROC_SLACK} of {best:.3f} and above the "
             f"permuted ones) and stable (at least {STABILITY}): {table}; name layers=[...], or use other texts"
         )
+    return good
+
+
+def select_layers(worth: Sequence[Worth], count: int, n_layers: int = 8) -> list[int]:
+    """Choose of the good layers some that are spread over the depth.
+
+    First the one with the best probe, then each time the one farthest from those chosen (ties: higher AUROC, lower
+    index).
+
+    Raises:
+        ValueError: fewer than two are good; the table says why.
+    """
+    good = good_layers(worth, count)
     chosen = [min(good, key=lambda layer: (-good[layer], layer))]
     while len(chosen) < min(n_layers, len(good)):
         left = [layer for layer in good if layer not in chosen]

@@ -87,7 +87,7 @@ class Run:
         config_file = run.root / "config.yaml"
         if config_file.is_file():
             old = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
-            _require_equal(old, wanted, run.root, free=("out", *may_differ))
+            _require_equal(old, wanted, run.root, _defaults(config), free=("out", *may_differ))
             if not may_differ:
                 return run
         if unsafe:
@@ -293,15 +293,33 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
                 return  # a torn last line of a killed run: what follows it was never written
 
 
+def _defaults(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> its default, as in a configuration file; nested configurations field by field."""
+    found: dict[str, Any] = {}
+    plain = type(config).model_construct().model_dump(mode="json", warnings=False)
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            found |= _defaults(value, f"{prefix}{name}.")
+        found[prefix + name] = plain.get(name)
+    return found
+
+
 def _require_equal(
-    old: Mapping[str, Any], new: Mapping[str, Any], root: Path, prefix: str = "", free: Sequence[str] = ()
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    root: Path,
+    defaults: Mapping[str, Any],
+    prefix: str = "",
+    free: Sequence[str] = (),
 ) -> None:
     for key in [*old, *(k for k in new if k not in old)]:
-        a, b = old.get(key), new.get(key)
+        # A run from before a field existed did what its default does.
+        a, b = old.get(key) if key in old else defaults.get(prefix + key), new.get(key)
         if prefix + key in free:  # `out`: the folder may have been moved, or spelt otherwise
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            _require_equal(a, b, root, f"{prefix}{key}.", free)
+            _require_equal(a, b, root, defaults, f"{prefix}{key}.", free)
         elif a != b:
             raise ValueError(
                 f"--resume {root}: {prefix}{key} is {a!r} in its config.yaml, but {b!r} now; "

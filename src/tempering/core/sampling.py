@@ -133,6 +133,9 @@ class LocalSampler:
     with the think prefix (`core/think.py`); what comes is reasoning and answer in one text, see `ThinkSampler`.
     """
 
+    changes_states: bool = False
+    """Whether answers come from other states than the policy's weights compute: these say nothing of it then."""
+
     def __init__(
         self,
         policy: Policy,

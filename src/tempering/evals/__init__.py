@@ -17,6 +17,7 @@ from tempering.core.run import Run
 from tempering.evals import (
     attack_success,
     capability,
+    collapse,
     depth,
     direction_ablation,
     harm,
@@ -47,6 +48,7 @@ EVALS: dict[str, Callable[..., EvalResult]] = {
     "capability": capability.evaluate,
     "toxicity": toxicity.evaluate,
     "over_erasure": over_erasure.evaluate,
+    "collapse": collapse.evaluate,
     "knowledge": knowledge.evaluate,
     "lm_eval": lm_eval.evaluate,
     "separation": separation.evaluate,

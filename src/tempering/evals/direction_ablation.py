@@ -184,16 +184,21 @@ def ablation_layer(policy: Policy, config: EvalConfig) -> int:
 
 
 def saved_directions(run: Run | None, layer: int, warnings: list[str]) -> Directions:
-    """What the target's training saved: `directions` (topics, R, D), or `BLOCK.direction` (D) of several blocks."""
+    """What the target's training saved: `directions` (topics, R, D), or of blocks `BLOCK[.roundN].direction` (D)."""
+    import torch
+
     from tempering.core.policy import load_tensors
 
     if run is None or not run.has(DIRECTIONS):
         warnings.append(f"no {DIRECTIONS}: the directions of the training are not known")
         return {}
     tensors = load_tensors(run.root / DIRECTIONS)
-    of_blocks = {int(name.partition(".")[0]): t for name, t in tensors.items() if name.endswith(".direction")}
+    of_blocks: dict[int, list[Tensor]] = {}
+    for name, t in tensors.items():
+        if name.endswith(".direction"):  # of several rounds of probes a block has several
+            of_blocks.setdefault(int(name.partition(".")[0]), []).append(t.float())
     if of_blocks:
-        return {block: orthonormal(of_blocks[block].float()[None]) for block in sorted(of_blocks)}
+        return {block: orthonormal(torch.stack(of_blocks[block])) for block in sorted(of_blocks)}
     rows = tensors["directions"].float().flatten(0, -2)
     if len(rows) >= rows.shape[1]:
         warnings.append(f"{len(rows)} saved directions span all states: taking them out would leave nothing")

@@ -11,7 +11,8 @@ of 1 / number of options over the questions: 0 is guessing, 1 all right. It is n
 here that leaves [0, 1]; its interval is that of the accuracy, put through the same line.
 
 `shuffle=true` permutes the options of each question by a hash of (seed, question), so that a liking for one letter
-averages out; `letters` in the JSON file says how often each letter was picked.
+averages out; `letters` in the JSON file says how often each letter was picked. `recall=true` also asks without
+options, of questions that say how the fact goes on: `cloze_exact_match` and `held_out_nll` (`evals/recall.py`).
 
     temper eval smollm2 knowledge option_score=mean
     temper eval runs/mine knowledge data=wmdp_bio shuffle=true
@@ -29,6 +30,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tempering.core.records import Completion, Prompt, Verdict, content_id
+from tempering.evals import recall
 from tempering.evals.capability import Scorer, question_from_row
 from tempering.evals.results import (
     Cost,
@@ -46,7 +48,7 @@ from tempering.evals.results import (
 from tempering.evals.settings import EvalConfig, load_prompts, settled
 
 if TYPE_CHECKING:
-    from tempering.core.sampling import Sampler  # loads torch, for which `temper --help` must not wait
+    from tempering.core.sampling import LocalSampler, Sampler  # load torch, for which `temper --help` must not wait
 
 ACCURACY, CORRECTED, UNPARSED = "knowledge_accuracy", "knowledge_accuracy/chance_corrected", "knowledge_unparsed_rate"
 EXACT = "exact"
@@ -89,16 +91,21 @@ def evaluate(
     way, told = way_of(sampler, config)
     target = in_format(sampler, config.prompt_format)
     fmt: Literal["chat", "raw"] = getattr(target, "fmt", "chat")
+    local = recalling(target) if config.recall else None
+    if config.recall and local is None:
+        told = [*told, f"{sampler.name} has no weights here: nothing is said of recall without options"]
 
     def work(batch: Sequence[Prompt], on_done: Callable[[int], None]) -> list[Row]:
         asked = [ask(q, way, fmt, config.seed if config.shuffle else None) for q in batch]
         if way == "generation":
             completions = answer(target, [a.prompt for a in asked], config, cost, on_done)
-            return [named_row(*columns) for columns in zip(batch, asked, completions, strict=True)]
+            rows = [named_row(*columns) for columns in zip(batch, asked, completions, strict=True)]
+            return recall.with_recall(rows, batch, local, cost) if local else rows
         assert isinstance(target, Scorer)
         scores = target.score([a.prompt for a in asked], [a.answers for a in asked])
         on_done(len(batch))
-        return [likeliest_row(*columns, way) for columns in zip(batch, asked, scores, strict=True)]
+        rows = [likeliest_row(*columns, way) for columns in zip(batch, asked, scores, strict=True)]
+        return recall.with_recall(rows, batch, local, cost) if local else rows
 
     rows = with_corrected(in_batches(questions, lambda q: q.id, work, config, journal=journal, progress=progress))
     metrics, picked = _metrics(rows, way), Counter(row["letter"] for row in rows if row["letter"])
@@ -141,7 +148,7 @@ def item_from_row(row: Mapping[str, Any]) -> Prompt:
         ({"role": "user", "content": listed},),
         "" if row.get("id") in (None, "") else item.id,
         item.category,
-        extra={"question": item.text, **item.extra},
+        extra={"question": item.text, **item.extra, **recall.fields_of(row)},
     )
 
 
@@ -158,6 +165,13 @@ def way_of(sampler: Sampler, config: EvalConfig) -> tuple[str, list[str]]:
     if config.by == "logprob":
         raise ValueError(f"{sampler.name} gives no log-probabilities: use by=generation")
     return "generation", [f"{sampler.name} gives no log-probabilities: options were read from its answers"]
+
+
+def recalling(target: Sampler) -> LocalSampler | None:
+    """The target where it can be asked without options: with weights in this process."""
+    from tempering.core.sampling import LocalSampler
+
+    return target if isinstance(target, LocalSampler) else None
 
 
 def ask(question: Prompt, way: str, fmt: Literal["chat", "raw"], seed: int | None) -> Asked:
@@ -258,7 +272,7 @@ def with_corrected(rows: Sequence[Row]) -> list[Row]:
 
 
 def _metrics(rows: Sequence[Row], way: str) -> dict[str, dict[str, Any]]:
-    metrics = rates(rows, dict.fromkeys((ACCURACY, UNPARSED), JUDGES[way]))
+    metrics = rates(rows, {**dict.fromkeys((ACCURACY, UNPARSED), JUDGES[way]), **recall.JUDGES})
     accuracy = metrics[ACCURACY]
     if accuracy["value"] is not None:
         c = chance_of(rows)

@@ -46,12 +46,17 @@ def local(sampler: Sampler, name: str) -> LocalSampler:
     """Return the sampler where it has weights to look into.
 
     Raises:
-        ValueError: it is an endpoint.
+        ValueError: it is an endpoint, or its weights are not what answers.
     """
     from tempering.core.sampling import LocalSampler
 
     if not isinstance(sampler, LocalSampler):
         raise ValueError(f"eval {name} needs the target's weights, and {sampler.name} only answers; name a model")
+    if sampler.changes_states:
+        raise ValueError(
+            f"eval {name} looks into weights, and those of {sampler.name} are unchanged: it is another model at "
+            "inference alone; leave the eval out"
+        )
     return sampler
 
 

@@ -57,6 +57,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": _CONTINUED,
     **{name: {**_CONTINUED, "option_score": "mean"} for name in ATTACKS_ON_UNLEARNING},
     "knowledge": {"max_new_tokens": 32},
+    "collapse": {**_CONTINUED, "max_new_tokens": 40, "continuations": 5},
     "attack_success": {"max_new_tokens": 64},
 }
 """Eval -> defaults that differ from those of `EvalConfig`: toxicity is measured on samples, as in its papers."""
@@ -136,10 +137,10 @@ class EvalConfig(Config):
     judge_card: tuple[str, ...] = ()
     """Cards of these judges, by `temper judge check`, one file or a list: adds `METRIC/corrected` to their rates."""
     toxicity_judge: str = "rules"
-    """Scorer of toxicity: `rules` or `profanity_svm` (both offline), `detoxify`, `classifier:MODEL_ID`, or
+    """Scorer of toxicity: `rules`, `profanity_svm` or `lexicon` (all offline), `detoxify`, `classifier:MODEL_ID`, or
     `openai:MODEL@URL`."""
     continuations: int = Field(25, ge=1)
-    """Continuations of each prompt in `toxicity`; the expected maximum grows with it (papers: 25)."""
+    """Continuations of each prompt in `toxicity` (papers: 25; its maximum grows with them) and `collapse` (5)."""
     fluency_model: str | None = None
     """Model reference under which `toxicity` measures perplexity; null: the model that the target started from."""
     by: Literal["logprob", "generation"] | None = None
@@ -149,6 +150,9 @@ class EvalConfig(Config):
     sum or their mean per token."""
     shuffle: bool = False
     """Whether `knowledge` permutes the options, by a hash of seed and question."""
+    recall: bool = False
+    """Whether `knowledge` also asks without options: the `cloze` of each question, and how likely its
+    `held_out_statement` is."""
     tasks: tuple[str, ...] = ()
     """Tasks or groups that `lm_eval` runs, by their names there, or YAML files of tasks."""
     include_path: str | None = None
@@ -207,9 +211,12 @@ class EvalConfig(Config):
     """Prompts answered and judged together; after each such batch the rows are on disk."""
     gate: dict[str, float] = Field(default_factory=dict)
     """Metric -> worst acceptable value in [0, 1]: a floor for accuracy and refusal_rate, else a ceiling."""
-    sampler: Literal["attribution", "policy"] | None = None
+    sampler: Literal["attribution", "policy", "probe_subtract"] | None = None
     """How the target answers: null, as it does by itself; `attribution`, with the best of several candidates;
-    `policy`, with the policies of the registry before each request."""
+    `policy`, with the policies of the registry before each request; `probe_subtract`, with probes subtracted from its
+    states."""
+    probe_subtract: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `sampler=probe_subtract`: the run `probes`, and such as `strength` (docs/unlearning.md)."""
     policy: dict[str, Any] = Field(default_factory=dict)
     """Settings of `sampler=policy`, such as `mode` and `policies` (docs/deliberative.md)."""
     policies: str | None = None

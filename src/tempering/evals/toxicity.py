@@ -179,7 +179,7 @@ def leaks(judge: judges.Judge, target: Sampler) -> list[str]:
     from tempering.evals.pairs import run_of
 
     run = run_of(target.policy) if isinstance(target, LocalSampler) else None
-    corpora = run.provenance.get("probe_corpora") if run else None
+    corpora = getattr(target, "probe_corpora", None) or (run.provenance.get("probe_corpora") if run else None)
     shared = sorted(known_corpora(corpora) & (trained_on(judge) or frozenset())) if corpora else []
     return [
         f"in-distribution: {judge.identity} was trained on {name}, and so was what the target unlearned; "

@@ -49,8 +49,8 @@ def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
 
     `openai:MODEL@URL` (an LLM with our rubric) answers all of them; `rules` and `classifier:MODEL_ID[#LABEL[,LABEL]]`
     answer `harmful`, `refused` and `toxic`; `guard:MODEL_ID[#FORMAT]` answers `harmful` (WildGuard `refused` too),
-    `detoxify[:VARIANT]` and `profanity_svm` only `toxic`; `ensemble:JUDGE+JUDGE[+...]` is the majority of some of
-    these. Models are loaded with the first question.
+    `detoxify[:VARIANT]`, `profanity_svm` and `lexicon` only `toxic`; `ensemble:JUDGE+JUDGE[+...]` is the majority of
+    some of these. Models are loaded with the first question.
 
     Raises:
         ValueError: the kind of judge is unknown, or cannot answer this question.
@@ -60,10 +60,11 @@ def load_judge(spec: str, asks: Asks, connect: Connect | None = None) -> Judge:
     kind, _, rest = spec.partition(":")
     if kind == PAIRWISE:
         raise ValueError(f"{spec}: this judge compares two answers and says nothing of one; use openai:MODEL@URL")
-    if kind not in _KINDS or (kind != "detoxify" and (rest == "") != (kind in ("rules", "profanity_svm"))):
+    takes_nothing = kind in ("rules", "profanity_svm", "lexicon")
+    if kind not in _KINDS or (kind != "detoxify" and (rest == "") != takes_nothing):
         raise ValueError(
             f"unknown judge {spec!r}; expected rules, openai:MODEL@URL, classifier:MODEL_ID, guard:MODEL_ID, "
-            "detoxify[:VARIANT], profanity_svm or ensemble:JUDGE+JUDGE"
+            "detoxify[:VARIANT], profanity_svm, lexicon or ensemble:JUDGE+JUDGE"
         )
     return _KINDS[kind](spec, asks, connect)
 
@@ -191,6 +192,14 @@ def _profanity(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     return ProfanityJudge()
 
 
+def _lexicon(spec: str, asks: Asks, connect: Connect | None) -> Judge:
+    from tempering.judges.toxicity import LexiconJudge
+
+    if asks != "toxic":
+        raise ValueError(f"{spec} says whether a text is toxic, not whether it is {asks}; use rules")
+    return LexiconJudge()
+
+
 def _ensemble(spec: str, asks: Asks, connect: Connect | None) -> Judge:
     from tempering.judges.ensemble import EnsembleJudge
 
@@ -217,5 +226,6 @@ _KINDS: dict[str, Callable[[str, Asks, Connect | None], Judge]] = {
     "guard": _guard,
     "detoxify": _detoxify,
     "profanity_svm": _profanity,
+    "lexicon": _lexicon,
     "ensemble": _ensemble,
 }

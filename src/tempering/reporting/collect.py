@@ -117,6 +117,8 @@ class RunData:
     """What `temper redteam TARGET attacker=...` found."""
     redteam_rows: list[Row] = field(default_factory=list)
     """Its attempts."""
+    measured: list[Row] = field(default_factory=list)
+    """What a training of unlearning measured on the way, such as its KL."""
     arms: dict[str, list[RunData]] = field(default_factory=dict)
     """Arm name -> its runs, by seed."""
     problems: tuple[str, ...] = ()
@@ -191,6 +193,7 @@ def read_run(root: Path) -> RunData:
         is_done=run.is_done,
         steps=[line for line in lines if "event" not in line and is_number(line.get("step"))],
         heldout=[line for line in lines if line.get("event") == "heldout" and is_number(line.get("step"))],
+        measured=[line for line in lines if line.get("event") == "measured" and is_number(line.get("step"))],
         scored=rows("data/scored.jsonl"),
         plan=rows("data/plan.jsonl"),
         exposure=rows("data/exposure.jsonl"),

@@ -19,8 +19,16 @@ ARMS_ALSO = ("margin_initial", "kl_initial")
 """Columns that a comparison of arms has as well."""
 
 
-def markdown(systems: Sequence[System], comparisons: Sequence[Compared], refutation: Sequence[Refutation]) -> str:
-    """Return one table of systems, one of differences per reference, and what the controls say."""
+def markdown(
+    systems: Sequence[System],
+    comparisons: Sequence[Compared],
+    refutation: Sequence[Refutation],
+    signals: Sequence[str] = (),
+) -> str:
+    """Return one table of systems, one of differences per reference, and what the controls say.
+
+    `signals`: sentences on what probe directions carry.
+    """
     if not systems:
         return "Nothing was evaluated.\n"
     present = {m for s in systems for m in s.metrics}
@@ -46,6 +54,7 @@ def markdown(systems: Sequence[System], comparisons: Sequence[Compared], refutat
             _table(["system", *(meaning(m).label for m in columns)], cells),
         ]
     lines = [f"- {r.control}, {meaning(r.metric).label.lower()}: **{r.verdict}**, {r.reason}\n" for r in refutation]
+    lines += [f"- {plain(signal)}\n" for signal in signals]
     return "\n".join([*parts, "".join(lines)]).rstrip("\n") + "\n"
 
 

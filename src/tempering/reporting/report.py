@@ -18,6 +18,7 @@ from tempering.reporting.collect import RunData, read_run
 from tempering.reporting.compare import compare
 from tempering.reporting.compare import refutation as refutation_of
 from tempering.reporting.markdown import markdown
+from tempering.reporting.probe_signal import probe_signals
 from tempering.reporting.systems import System, corrected_name, same_target, systems_of
 from tempering.reporting.view import page
 
@@ -41,6 +42,8 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None) -
     comparisons, problems = compare(systems)
     refutation = refutation_of(systems, comparisons)
     warnings = warnings_of(data, systems) + problems
+    signals = probe_signals(data, systems)
+    warnings += [signal.line for signal in signals if not signal.has_signal]
     warnings += [
         f"staged_competence is refuted on {r.metric} for this setting: {r.control} matches it ({r.reason})"
         for r in refutation
@@ -66,7 +69,7 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None) -
     for name, card in _cards(data, systems).items():
         _write(out / name, card)
     _write(out / "report.html", html)
-    _write(out / "report.md", markdown(systems, comparisons, refutation))
+    _write(out / "report.md", markdown(systems, comparisons, refutation, [signal.line for signal in signals]))
     _write(out / "report.json", text)
     return content
 

@@ -19,6 +19,7 @@ from tempering.reporting.card import base_model, licences_of
 from tempering.reporting.cautions import judges_of
 from tempering.reporting.collect import RunData, phase_seconds, texts
 from tempering.reporting.compare import CLAIM, Compared, Refutation
+from tempering.reporting.probe_signal import probe_signals
 from tempering.reporting.reconstruction import called
 from tempering.reporting.redteam import redteam_panels
 from tempering.reporting.safemoe import ribbons
@@ -82,6 +83,7 @@ def page(
             {**panel, "plots": [Markup(svg) for svg in panel["plots"]]} for panel in unlearning.panels(systems)
         ],
         pareto=Markup(unlearning.pareto(systems, series)),
+        signals=probe_signals(runs, systems),
         categories=_categories(systems),
         training=_training(runs),
         cost=_cost(runs),

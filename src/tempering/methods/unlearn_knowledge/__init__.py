@@ -47,11 +47,13 @@ from tempering.core.records import content_id
 from tempering.core.run import Run
 from tempering.core.training import Processes, Stopwatch, last_checkpoint, save_checkpoint
 from tempering.data.describe import inputs_of, licences_of
+from tempering.data.overlap import overlaps
 from tempering.methods.unlearn_knowledge import teach
 from tempering.methods.unlearn_knowledge.measuring import Measurer, check_start
 from tempering.methods.unlearn_knowledge.meta import agreeing
 from tempering.methods.unlearn_knowledge.objectives import norm_of
 from tempering.methods.unlearn_knowledge.quiz import Chance
+from tempering.methods.unlearn_knowledge.quiz import asked as asks
 from tempering.methods.unlearn_knowledge.settings import Plan, UnlearnKnowledgeConfig, plan
 from tempering.methods.unlearn_knowledge.sweep import swept
 from tempering.methods.unlearn_knowledge.terms import Terms, trained
@@ -114,7 +116,7 @@ def train(config: UnlearnKnowledgeConfig, *, resume: bool = False, policy: Polic
             policy.export(run.root / "final", {"method": METHOD, "reconstruction": True, "run": str(run.root)})
             save_tensors(run.root / "final" / "directions.safetensors", terms.tensors())
     if processes.is_main:
-        run.write_provenance(**provenance(config, policy, corpus, known, watch))
+        run.write_provenance(**provenance(config, policy, corpus, measurer, known, watch))
         run.finish()
     processes.wait()
     return run
@@ -263,7 +265,12 @@ def warn_of(drift: dict[str, Any]) -> None:
 
 
 def provenance(
-    config: UnlearnKnowledgeConfig, policy: Policy, corpus: Corpus, known: Chance | None, watch: Stopwatch
+    config: UnlearnKnowledgeConfig,
+    policy: Policy,
+    corpus: Corpus,
+    measurer: Measurer,
+    known: Chance | None,
+    watch: Stopwatch,
 ) -> dict[str, Any]:
     """What `provenance.json` holds beside versions and command."""
     train = config.data.train
@@ -287,8 +294,24 @@ def provenance(
         "device": str(policy.device),
         "inputs": inputs,
         "dropped": corpus.dropped,
+        "overlap": overlaps(sets_of(config, policy, corpus, measurer)),
         "judges": [],
         "data_licences": licences,
         "unsafe": False,
         "cost": watch.phases,
+    }
+
+
+def sets_of(
+    config: UnlearnKnowledgeConfig, policy: Policy, corpus: Corpus, measurer: Measurer
+) -> dict[str, list[list[int]]]:
+    """Tokens of all texts by what they are for; `eval`: the questions with their right answers."""
+    asked = [" ".join(asks(q.question, q.options[q.answer])) for q in measurer.questions]
+    labelled = contrasted(config, policy.tokenizer, corpus) if config.objective == "probe" else []
+    return {
+        "forget": [row.ids for rows in corpus.forget.values() for row in rows],
+        "retain": [row.ids for row in corpus.retain],
+        "probe": [row.tokens.ids for row in labelled if row.split == "train"],
+        "eval": [list(policy.tokenizer(text)["input_ids"]) for text in asked],
+        "neutral": [row.ids for row in measurer.neutral],
     }

@@ -21,8 +21,9 @@ Controls, one switch each: `directions=random`, `shuffled` (probes of permuted l
 default beats random and shuffled directions at equal KL (`max_kl`) by a paired interval without zero, probe
 directions carry no signal there.**
 
-Differs from what is said of the paper: its probes, phi, layers and data are unknown. Not here: choosing layers by
-their causal effect, and subtracting directions at inference without training.
+Differs from what is said of the paper: its probes, phi, layers and data are unknown. `select=causal` takes the layers
+whose direction matters most for what is said; `rounds` fits new probes when the old ones have done their work. The
+baseline without training, `temper eval TARGET sampler=probe_subtract`, is in `subtracting.py`.
 
 Only the edited tensors train, in place; the reference is the same network with clones of these swapped in. The result
 is `final/edit.safetensors`, which can be taken out again. Where the start model is not more toxic after rude text
@@ -35,59 +36,32 @@ than after neutral text, there is nothing to unlearn, and the run is refused. Te
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from tempering.core.activations import blocks as blocks_of
-from tempering.core.activations import cosine_to, mean_square
 from tempering.core.bank import FOLDER, Bank, find_bank
-from tempering.core.chat import Encoded, collate, fill_batches
 from tempering.core.edit_optimiser import EditOptimiser
-from tempering.core.editing import select_parameters, shorten
-from tempering.core.logprobs import hidden_states, kl_from_base, nll_share
+from tempering.core.editing import select_parameters
 from tempering.core.policy import Policy, save_tensors
-from tempering.core.preference import LossOptions, PairScores, sigmoid
-from tempering.core.probe_losses import (
-    NEEDS_FROZEN,
-    STATE_LOSSES,
-    StateLoss,
-    forget_share,
-    retain_share,
-    tensors_of,
-)
-from tempering.core.probes import (
-    auroc,
-    choose_strength,
-    fit,
-    layer_weights,
-    locate,
-    mean_states,
-    random_direction,
-    select_layers,
-)
 from tempering.core.progress import progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
-from tempering.core.text_rows import TokenRows, Tokens, collate_rows, moved
-from tempering.core.training import Processes, Stopwatch, last_checkpoint, save_checkpoint, stream_rows
+from tempering.core.training import Processes, Stopwatch, last_checkpoint, save_checkpoint
 from tempering.data.describe import inputs_of, licences_of
+from tempering.data.overlap import overlaps
 from tempering.methods.unlearn_toxicity.checks import check_start, load_scorer
-from tempering.methods.unlearn_toxicity.settings import Plan, UnlearnToxicityConfig, edited_blocks
-from tempering.methods.unlearn_toxicity.texts import Corpus, Pair, corpora_of, identity_auroc, read_corpus
+from tempering.methods.unlearn_toxicity.choosing import Effect, found_effects, plan
+from tempering.methods.unlearn_toxicity.settings import Plan, UnlearnToxicityConfig
+from tempering.methods.unlearn_toxicity.terms import Unlearning
+from tempering.methods.unlearn_toxicity.texts import Corpus, corpora_of, identity_auroc, openings, read_corpus
 
 METHOD = "unlearn_toxicity"
 CONFIG = UnlearnToxicityConfig
-STREAM_FORGET, STREAM_RETAIN, STREAM_PAIRS = 1, 2, 20
-REFIT_TEXTS = 200
-
-Gradients = dict[str, Tensor]
 
 
 def train(config: UnlearnToxicityConfig, *, resume: bool = False, policy: Policy | None = None) -> Run:
@@ -123,13 +97,18 @@ def train(config: UnlearnToxicityConfig, *, resume: bool = False, policy: Policy
     start: Mapping[str, Any] = {"claim": "none", "reason": "probes only"}
     if not config.probes_only:
         start = checked(config, policy, scorer, run, processes)
-        settled = plan(config, bank, len(blocks_of(policy.model)))
+        count = len(blocks_of(policy.model))
+        effects: list[Effect] = []
+        if config.select == "causal":
+            with watch.timed("causal effects"):
+                effects = found_effects(config, policy, bank, corpus.neutral, scorer, run, processes, count)
+        settled = plan(config, bank, count, effects)
         describe(settled, config, corpus)
         unlearning = Unlearning(config, policy, settled, bank, corpus, processes)
-        unlearning.loop(run, watch)
+        _loop(config, unlearning, run, watch)
         if processes.is_main:
             policy.export(run.root / "final", {"method": METHOD, "reconstruction": True, "run": str(run.root)})
-            save_tensors(run.root / "final" / "directions.safetensors", tensors_of(unlearning.probes))
+            save_tensors(run.root / "final" / "directions.safetensors", unlearning.tensors())
     if processes.is_main:
         run.write_provenance(**provenance(config, policy, corpus, start, scorer.identity, watch))
         run.finish()
@@ -150,7 +129,8 @@ def dry_run(config: UnlearnToxicityConfig) -> dict[str, Any]:
     corpus = read_corpus(config, policy)
     count = len(blocks_of(policy.model))
     settled = None
-    if config.probes or config.objective in ("rmu", "cosine_rmu") or isinstance(config.layers, list):
+    is_known = config.probes and config.select == "spread"
+    if is_known or config.objective in ("rmu", "cosine_rmu") or isinstance(config.layers, list):
         settled = plan(config, Bank.load(Path(config.probes) / FOLDER) if config.probes else None, count)
     layers = settled.edit_layers if settled else list(range(count))
     chosen = select_parameters(policy.model, config.edit_roles, layers)
@@ -164,20 +144,19 @@ def dry_run(config: UnlearnToxicityConfig) -> dict[str, Any]:
         "tensors": {n: list(p.shape) for n, p in chosen.items()}, "trained_at_most": total,
         "share": round(total / every, 6), "labelled": len(corpus.labelled), "forget": len(corpus.forget),
         "pairs": len(corpus.pairs), "retain": {k: len(rows) for k, rows in corpus.retain.items()},
-        "steps": config.steps, "dropped": corpus.dropped, "dtype": str(policy.dtype).removeprefix("torch."),
+        "steps": config.steps * config.rounds, "dropped": corpus.dropped,
+        "dtype": str(policy.dtype).removeprefix("torch."),
     }  # fmt: skip
 
 
 def describe(settled: Plan, config: UnlearnToxicityConfig, corpus: Corpus) -> None:
     """Say what will be trained, before it is; never a text."""
     kept = ", ".join(f"{kind}: {len(rows)}" for kind, rows in corpus.retain.items())
-    say(f"{config.objective}: {config.steps} steps; {len(corpus.forget)} texts to unlearn; to keep {kept}")
+    rounds = f"{config.rounds} rounds of " if config.rounds > 1 else ""
+    say(f"{config.objective}: {rounds}{config.steps} steps; {len(corpus.forget)} texts to unlearn; to keep {kept}")
     say(f"loss at blocks {sorted(settled.weights)}, edited blocks {settled.edit_layers}")
     for reason, count in corpus.dropped.items():
         say(f"[yellow]dropped {count} text(s): {reason}[/]")
-
-
-# --- probes -------------------------------------------------------------------------------------------
 
 
 def checked(
@@ -190,277 +169,73 @@ def checked(
     return run.read_json("data/start.json")
 
 
-def plan(config: UnlearnToxicityConfig, bank: Bank | None, count: int) -> Plan:
-    """Settle the layers that the loss reads, their weights, and what is edited.
-
-    Raises:
-        ValueError: a layer that is not there, or too few probes that are good and stable.
-    """
-    worth = {w.layer: w for w in bank.worth} if bank else {}
-    if isinstance(config.layers, list):
-        chosen = sorted(set(config.layers))
-        if not 0 <= chosen[0] <= chosen[-1] < count:
-            raise ValueError(f"layers={config.layers}: this model has blocks 0 to {count - 1}")
-    elif config.objective in ("cosine_rmu", "rmu"):
-        chosen = [round(0.22 * count)]
-    else:
-        assert bank is not None
-        chosen = select_layers(bank.worth, count, config.n_layers)
-        if config.layers == "single":
-            chosen = [max(chosen, key=lambda layer: (worth[layer].auroc, -layer))]
-    is_weighed = config.objective == "probe" and all(layer in worth for layer in chosen)
-    weights = layer_weights({i: worth[i].auroc if is_weighed else 1.0 for i in chosen})
-    return Plan(weights, edited_blocks(config, chosen))
-
-
 # --- training -----------------------------------------------------------------------------------------
 
 
-class Unlearning:
-    """One training: what trains, along which directions, and the loop."""
-
-    def __init__(
-        self, config: UnlearnToxicityConfig, policy: Policy, settled: Plan, bank: Bank, corpus: Corpus,
-        processes: Processes,
-    ) -> None:  # fmt: skip
-        self.config, self.policy, self.plan, self.corpus, self.processes = config, policy, settled, corpus, processes
-        self.bank, self.pad = bank, policy.tokenizer.pad_token_id
-        self.layers = sorted(settled.weights)
-        width = policy.base.config.hidden_size
-        kind = config.directions if config.objective == "probe" else "random"
-        directions = {
-            layer: random_direction(width, config.seed, layer) if kind == "random" else
-            bank.direction(kind, layer, config.seed)
-            for layer in self.layers
-        }  # fmt: skip
-        # Where non-toxic text lies is measured for a control's direction too, else it would be a weaker loss.
-        plain = [r.tokens for r in corpus.labelled if not r.has_attribute and r.split == "train"]
-        self.probes = locate(
-            policy,
-            plain or corpus.neutral,
-            directions,
-            skip_first=config.skip_first,
-            batch_tokens=config.batch_tokens,
-        )
-        self.phi = self._phi()
-        policy.train_edit(select_parameters(policy.model, config.edit_roles, settled.edit_layers))
-        own = policy.base_parameters()
-        self.parameters = {name: own[name] for name in policy.edit_state()}
-        self.neutral_before: list[Tensor] = []
-
-    def _phi(self) -> StateLoss:
-        if self.config.objective == "cosine_rmu":
-            return lambda h, h0, p: cosine_to(h, p.direction)
-        if self.config.objective == "rmu":
-            return lambda h, h0, p: mean_square(h, self.config.coefficient * p.norm * p.direction)
-        return STATE_LOSSES[self.config.mode]
-
-    # --- the loop --------------------------------------------------------------------------------------
-
-    def loop(self, run: Run, watch: Stopwatch) -> None:
-        """Train; with a checkpoint in the run, go on from it bit for bit."""
-        config, processes = self.config, self.processes
-        optimiser = EditOptimiser(self.parameters, processes, config.lr)
-        checkpoint = last_checkpoint(run)
-        first, tokens_done = (checkpoint.state["step"], checkpoint.state["tokens"]) if checkpoint else (0, 0)
-        if checkpoint:
-            self.policy.load_edit_state(checkpoint.weights)
-            optimiser.load_state(checkpoint.optimizer)
-        if processes.is_main:
-            run.truncate_rows("metrics.jsonl", lambda row: row["step"] <= first)
-        start = time.monotonic()
-        with progress("unlearning", config.steps) as advance:
-            advance(first)
-            for t in range(first, config.steps):
-                began = time.monotonic()
-                gradients, facts, spent = self.step_gradient(t)
-                norm = optimiser.step(gradients, t)
-                tokens_done += spent
-                watch.add("training", time.monotonic() - began, spent)
-                row = {
-                    "step": t + 1, "loss": sum(facts.values()), **facts, "lr": optimiser.lr, "grad_norm": norm,
-                    "tokens": tokens_done, "seconds": round(time.monotonic() - start, 3),
-                }  # fmt: skip
+def _loop(config: UnlearnToxicityConfig, unlearning: Unlearning, run: Run, watch: Stopwatch) -> None:
+    """Train; with a checkpoint in the run, go on from it bit for bit."""
+    processes, total = unlearning.processes, config.steps * config.rounds
+    optimiser = EditOptimiser(unlearning.parameters, processes, config.lr)
+    checkpoint = last_checkpoint(run)
+    first, tokens_done = (checkpoint.state["step"], checkpoint.state["tokens"]) if checkpoint else (0, 0)
+    if checkpoint:
+        unlearning.policy.load_edit_state(checkpoint.weights)
+        optimiser.load_state(checkpoint.optimizer)
+        for _ in range(checkpoint.state.get("round", 0)):
+            unlearning.begin_round(run)
+    if processes.is_main:
+        run.truncate_rows("metrics.jsonl", lambda row: row["step"] <= first)
+    start = time.monotonic()
+    with progress("unlearning", total) as advance:
+        advance(first)
+        for t in range(first, total):
+            if t // config.steps > unlearning.rounds_done:
+                with watch.timed("probes"):
+                    aurocs = unlearning.begin_round(run)
                 if processes.is_main:
-                    run.append_row("metrics.jsonl", row)
-                processes.log(row, t + 1)
-                advance(1, note=f"forget {facts['forget']:.4f}")
-                is_last, stop = t == config.steps - 1, False
-                if is_last or (t + 1) % config.measure_every == 0:
-                    with watch.timed("measuring"):
-                        measured: dict[str, Any] = {"kl": self.neutral_kl()}
-                        stop = config.max_kl is not None and measured["kl"] > config.max_kl
-                        if stop:
-                            assert config.max_kl is not None
-                            measured["back"], measured["kl"] = self.step_back(config.max_kl)
-                        measured["held_forget"] = self.held_forget()
-                        if is_last or stop or (t + 1) % config.probe_every == 0:
-                            measured["readable"] = self.readable(run.root)
-                    if processes.is_main:
-                        run.append_row("metrics.jsonl", {"step": t + 1, "event": "measured", **measured})
-                if stop or is_last or (t + 1) % config.checkpoint_every == 0:
-                    state = {"step": config.steps if stop else t + 1, "tokens": tokens_done}
-                    save_checkpoint(run, self.policy, optimiser, state, whole=False)
-                if stop:
-                    say(f"KL passed max_kl={config.max_kl} at step {t + 1}; {measured['back']:.3f} of the edit stays")
-                    break
+                    about = {"event": "probed", "round": unlearning.rounds_done + 1, "auroc": aurocs}
+                    run.append_row("metrics.jsonl", {"step": t + 1, **about})
+            began = time.monotonic()
+            gradients, facts, spent = unlearning.step_gradient(t)
+            norm = optimiser.step(gradients, t)
+            tokens_done += spent
+            watch.add("training", time.monotonic() - began, spent)
+            row = {
+                "step": t + 1, "loss": sum(facts.values()), **facts, "lr": optimiser.lr, "grad_norm": norm,
+                "tokens": tokens_done, "seconds": round(time.monotonic() - start, 3),
+            }  # fmt: skip
+            if processes.is_main:
+                run.append_row("metrics.jsonl", row)
+            processes.log(row, t + 1)
+            advance(1, note=f"forget {facts['forget']:.4f}")
+            is_last, stop = t == total - 1, False
+            if is_last or (t + 1) % config.measure_every == 0:
+                with watch.timed("measuring"):
+                    measured: dict[str, Any] = {"kl": unlearning.neutral_kl()}
+                    stop = config.max_kl is not None and measured["kl"] > config.max_kl
+                    if stop:
+                        assert config.max_kl is not None
+                        measured["back"], measured["kl"] = unlearning.step_back(config.max_kl)
+                    measured["held_forget"] = unlearning.held_forget()
+                    measured |= unlearning.norm_ratios()
+                    if is_last or stop or (t + 1) % config.probe_every == 0:
+                        measured["readable"] = unlearning.readable(run.root)
+                if processes.is_main:
+                    run.append_row("metrics.jsonl", {"step": t + 1, "event": "measured", **measured})
+                warn_of(measured)
+            if stop or is_last or (t + 1) % config.checkpoint_every == 0:
+                state = {"step": total if stop else t + 1, "tokens": tokens_done, "round": unlearning.rounds_done}
+                save_checkpoint(run, unlearning.policy, optimiser, state, whole=False)
+            if stop:
+                say(f"KL passed max_kl={config.max_kl} at step {t + 1}; {measured['back']:.3f} of the edit stays")
+                break
 
-    def step_gradient(self, t: int) -> tuple[Gradients, dict[str, float], int]:
-        """Gradient of the whole loss at step t, its terms, and the tokens that were read."""
-        c = self.config
-        total, facts, spent = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}, {}, 0
-        pairs: list[Pair] = []
-        if c.objective == "dpo" or c.nll_weight:
-            at = stream_rows(len(self.corpus.pairs), c.batch_rows, t, c.seed, STREAM_PAIRS)
-            pairs = [self.corpus.pairs[i] for i in at]
-        terms: list[tuple[str, Sequence[Any], Callable[[list[Any], float], Tensor]]] = []
-        if c.objective == "dpo":
-            terms.append(("forget", pairs, lambda part, n: c.gamma * self.preference(part) / n))
-        else:
-            at = stream_rows(len(self.corpus.forget), c.batch_rows, t, c.seed, STREAM_FORGET)
-            toxic = [self.corpus.forget[i] for i in at]
-            terms.append(("forget", toxic, lambda part, n: c.gamma * self.forget(part, n)))
-        if c.alpha or c.beta_kl:
-            terms.append(("retain", self.retained(t), self.retain))
-        if c.nll_weight:
-            civil = [pair.chosen for pair in pairs]
-            tokens = sum(len(row.ids) - max(1, row.prompt_tokens) for row in civil)
-            terms.append(("nll", civil, lambda part, n: c.nll_weight * nll_share(self.logprobs(part), tokens)))
-        for name, rows, loss in terms:
-            gradient, value = self.gradient(rows, loss)
-            facts[name] = value
-            for n in total:
-                total[n] += gradient[n]
-            spent += sum(_length(row) for row in rows)
-        return total, facts, spent
 
-    def retained(self, t: int) -> list[Tokens]:
-        """Texts to keep of step t: each kind its share of the batch, from a stream of its own."""
-        kinds = [kind for kind in self.corpus.retain if self.config.data.mix.get(kind)] or list(self.corpus.retain)
-        shares = np.array([self.config.data.mix.get(kind, 1.0) for kind in kinds])
-        shares = shares / shares.sum()
-        # Cumulative rounding: shares hold over steps also where a batch is smaller than 1 / share.
-        rows: list[Tokens] = []
-        for number, (kind, share) in enumerate(zip(kinds, shares, strict=True)):
-            done, due = (round(share * self.config.retain_rows * step) for step in (t, t + 1))
-            own = self.corpus.retain[kind]
-            for place in range(done, due):
-                [at] = stream_rows(len(own), 1, place, self.config.seed, STREAM_RETAIN + number)
-                rows.append(own[at])
-        return rows
-
-    def gradient(self, rows: Sequence[Any], loss: Callable[[list[Any], float], Tensor]) -> tuple[Gradients, float]:
-        """Add up the gradients of a batch's parts, over micro-batches and processes; `loss` gets a part and the
-        total.
-        """
-        out = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}
-        value = 0.0
-        mine = list(rows[self.processes.rank :: self.processes.world])
-        for picked in fill_batches([_length(row) for row in mine], self.config.batch_tokens):
-            share = loss([mine[i] for i in picked], float(len(rows)))
-            if share.requires_grad:
-                found = torch.autograd.grad(share, list(self.parameters.values()), allow_unused=True)
-                for n, g in zip(out, found, strict=True):
-                    if g is not None:  # a tensor above the last layer that this term reads
-                        out[n] += g
-            value += float(share.detach())
-        if self.processes.world > 1:
-            out = {n: self.processes.accelerator.reduce(g, reduction="sum") for n, g in out.items()}
-            [value] = self.processes.sum([value])
-        return out, value
-
-    # --- the terms -------------------------------------------------------------------------------------
-
-    def batch(self, rows: Sequence[Tokens]) -> TokenRows:
-        """Pad texts on this device."""
-        return moved(collate_rows(rows, self.pad, self.config.skip_first), self.policy.device)
-
-    def forget(self, rows: list[Tokens], total: float) -> Tensor:
-        """sum_l w_l mean(phi(h_l))."""
-        needs_frozen = self.config.objective == "probe" and self.config.mode in NEEDS_FROZEN
-        batch, weights = self.batch(rows), self.plan.weights
-        return forget_share(self.policy, batch, self.probes, weights, self.phi, total, needs_frozen=needs_frozen)
-
-    def retain(self, rows: list[Tokens], total: float) -> Tensor:
-        """Drift of states at the loss layers, and of the output."""
-        c = self.config
-        return retain_share(self.policy, self.batch(rows), self.plan.weights, c.alpha, c.beta_kl, total)
-
-    def logprobs(self, rows: Sequence[Tokens]) -> Tensor:
-        """Summed log-probability (B,) of texts after their prompts, in nats."""
-        encoded = [[Encoded(row.ids, row.prompt_tokens)] for row in rows]
-        return self.policy.scorer(collate(encoded, self.pad, self.policy.device)).logprob
-
-    def preference(self, pairs: list[Pair]) -> Tensor:
-        """Sum of DPO losses: civil continuations over rude ones."""
-        sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        with self.policy.reference():
-            ref = self.logprobs(sides)
-        now, n = self.logprobs(sides), len(pairs)
-        tokens = torch.tensor([len(row.ids) - row.prompt_tokens for row in sides], dtype=torch.float32)
-        scores = PairScores(now[:n], now[n:], ref[:n], ref[n:], tokens[:n], tokens[n:])
-        return sigmoid(scores, LossOptions(beta=self.config.beta)).sum()
-
-    # --- measurements ----------------------------------------------------------------------------------
-
-    def neutral_kl(self) -> float:
-        """KL(before || now) on held-out neutral texts, mean over their tokens, in nats."""
-        batches = [
-            self.batch([self.corpus.neutral[i] for i in picked])
-            for picked in fill_batches([len(row.ids) for row in self.corpus.neutral], self.config.batch_tokens)
-        ]
-        if not self.neutral_before:
-            with self.policy.reference():
-                self.neutral_before = [self._final(batch) for batch in batches]
-        total, count = 0.0, 0.0
-        for batch, before in zip(batches, self.neutral_before, strict=True):
-            with torch.no_grad():
-                now = self._final(batch)
-                kl = kl_from_base(self.policy.model, now.flatten(0, 1), before.flatten(0, 1)).view(batch.ids.shape)
-            total += float((kl * batch.mask).sum())
-            count += float(batch.mask.sum())
-        return total / count
-
-    def held_forget(self) -> float | None:
-        """The forget term on toxic texts that are only validated on: what is left to do. `None` with `dpo`."""
-        if self.config.objective == "dpo":
-            return None
-        rows = [row.tokens for row in self.corpus.labelled if row.has_attribute and row.split == "validation"]
-        with torch.no_grad():
-            return sum(
-                float(self.forget([rows[i] for i in picked], float(len(rows))))
-                for picked in fill_batches([len(row.ids) for row in rows], self.config.batch_tokens)
-            )
-
-    def _final(self, batch: TokenRows) -> Tensor:
-        return hidden_states(self.policy.model, batch.ids, batch.positions, batch.attention)
-
-    def step_back(self, max_kl: float) -> tuple[float, float]:
-        """Shorten the edit on the straight line to the start until its KL is at most `max_kl`; share kept, and KL."""
-        return shorten(self.parameters, self.policy.before, self.neutral_kl, max_kl)
-
-    def readable(self, folder: Path) -> dict[str, float]:
-        """AUROC on validation texts of probes that are fitted anew to the states as they are now."""
-        rows = [
-            *[row for row in self.corpus.labelled if row.split == "train"][:: max(1, len(self.corpus.labelled) //
-            REFIT_TEXTS)], *[row for row in self.corpus.labelled if row.split == "validation"],
-        ]  # fmt: skip
-        y, is_train = (
-            np.array(column) for column in zip(*((r.has_attribute, r.split == "train") for r in rows), strict=True)
-        )
-        if not 0 < y[is_train].mean() < 1:
-            return {}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".states-") as temporary:
-            features = mean_states(
-                self.policy, [row.tokens for row in rows], self.layers, Path(temporary),
-                skip_first=self.config.skip_first, batch_tokens=self.config.batch_tokens,
-            )  # fmt: skip
-            out = {}
-            for layer, x in features.items():
-                x = np.asarray(x, np.float64)
-                strength = choose_strength(x[is_train], y[is_train], x[~is_train], y[~is_train])
-                out[str(layer)] = round(auroc(fit(x[is_train], y[is_train], strength), x[~is_train], y[~is_train]), 4)
-        return out
+def warn_of(measured: Mapping[str, Any]) -> None:
+    """Say where states have grown or shrunk by more than half."""
+    for name in ("norm_ratio_forget", "norm_ratio_retain"):
+        if name in measured and not 0.5 <= measured[name] <= 2:
+            say(f"[yellow]{name.replace('_', ' ')}: {measured[name]:.2f}, expected 0.5 to 2; see norm_guard[/]")
 
 
 def provenance(
@@ -485,6 +260,7 @@ def provenance(
         "threads": torch.get_num_threads(),
         "inputs": {k: v for source in sources for k, v in inputs_of(source).items()},
         "dropped": corpus.dropped,
+        "overlap": overlaps(sets_of(config, policy, corpus)),
         "judges": [{"role": "check of the start model", "identity": scorer}],
         "probe_corpora": list(corpora_of(config)),
         "start": dict(start),
@@ -494,5 +270,14 @@ def provenance(
     }
 
 
-def _length(row: Tokens | Pair) -> int:
-    return len(row.ids) if isinstance(row, Tokens) else max(len(row.chosen.ids), len(row.rejected.ids)) * 2
+def sets_of(config: UnlearnToxicityConfig, policy: Policy, corpus: Corpus) -> dict[str, list[list[int]]]:
+    """Tokens of all texts by what they are for; `eval`: what probes are tested on and the check goes on after."""
+    held = [row.tokens.ids for row in corpus.labelled if row.split != "train"]
+    asked, _ = openings(config, config.check.prompts) if config.check.data else ([], [])
+    return {
+        "forget": [row.ids for row in corpus.forget],
+        "retain": [row.ids for rows in corpus.retain.values() for row in rows],
+        "probe": [row.tokens.ids for row in corpus.labelled if row.split == "train"],
+        "eval": held + [list(policy.tokenizer(p.text)["input_ids"]) for p in asked],
+        "neutral": [row.ids for row in corpus.neutral],
+    }

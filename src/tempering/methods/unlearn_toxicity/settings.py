@@ -85,6 +85,14 @@ class UnlearnToxicityConfig(Config):
     single: the best of these. `cosine_rmu` and `rmu`: auto is round(0.22 L)."""
     n_layers: int = Field(8, ge=1)
     """Most layers that auto chooses."""
+    select: Literal["spread", "causal"] = "spread"
+    """How auto chooses among good and stable probes: spread over the depth; `causal`: those whose direction, taken
+    out of the states, lowers toxicity after rude texts most per relative rise of perplexity on neutral ones."""
+    causal_prompts: int = Field(200, ge=1)
+    """`select=causal`: rude texts, as in `check`, and with its samples; at each layer that may be chosen."""
+    rounds: int = Field(1, ge=1)
+    """Times that probes are fitted: each later round takes new ones, at the same layers, of the states as they are
+    then, and goes on for `steps` steps along these alone."""
     refits: int = Field(5, ge=2)
     """Refits of each probe on resampled groups, for its stability."""
     permutations: int = Field(20, ge=1)
@@ -96,7 +104,7 @@ class UnlearnToxicityConfig(Config):
     edit_roles: tuple[Role, ...] = ("mlp.down_proj",)
     """Weights of a block that are edited."""
     steps: int = Field(200, ge=1)
-    """Optimiser steps (500 at 7B)."""
+    """Optimiser steps of a round (500 at 7B)."""
     batch_rows: int = Field(8, ge=1)
     """Texts to unlearn per step, over all processes."""
     retain_rows: int = Field(8, ge=1)
@@ -119,6 +127,9 @@ class UnlearnToxicityConfig(Config):
     """Of the negative log-likelihood of civil continuations (usual: 0 or 0.1)."""
     beta: float = Field(0.1, gt=0)
     """`dpo`: inverse temperature."""
+    norm_guard: float = Field(0.0, ge=0)
+    """Price of states to unlearn whose norm has more than doubled or halved: losses of angles leave norms free
+    (usual: 0, or 1 where `norm_ratio_forget` leaves 0.5 to 2)."""
     coefficient: float = Field(1.0, gt=0)
     """`rmu`: length of the point that states are driven to, in mean norms of the states there."""
     max_kl: float | None = Field(None, gt=0)
@@ -143,6 +154,14 @@ class UnlearnToxicityConfig(Config):
     def _consistent(self) -> UnlearnToxicityConfig:
         if self.objective != "probe" and (self.directions != "probe" or self.layers == "single"):
             raise ValueError(f"objective={self.objective} has no probes: leave out directions and layers=single")
+        if self.objective != "probe" and (self.select == "causal" or self.rounds > 1):
+            raise ValueError(f"objective={self.objective} has no probes: leave out select=causal and rounds")
+        if self.select == "causal" and isinstance(self.layers, list):
+            raise ValueError("select=causal chooses layers, and layers names them: leave out one of the two")
+        if self.probes_only and (self.select == "causal" or self.rounds > 1):
+            raise ValueError("probes_only stops before select=causal and rounds: leave these out")
+        if self.norm_guard and self.objective == "dpo":
+            raise ValueError("norm_guard prices states to unlearn, which dpo does not read: leave it out")
         if self.probes_only and self.probes is not None:
             raise ValueError("probes_only fits probes, probes=RUN uses fitted ones: leave out one of the two")
         if isinstance(self.layers, list) and not self.layers:
