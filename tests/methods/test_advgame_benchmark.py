@@ -32,12 +32,13 @@ def results(bench, **other):
         "yield": {player: told(0.5) for player in bench.PLAYERS}, "yield_cold": None,
         "duels": {
             "n": 10,
-            "cells": {"initial against original": {p: told(3.0) for p in bench.PLAYERS} | {"statuses": {"x OK": 9}}},
+            "cells": {"initial against initial": {p: told(3.0) for p in bench.PLAYERS} | {"statuses": {"x OK": 9}}},
             "attacker": changed(1.0, 0.5, 1.5), "defender": changed(1.0, 0.5, 1.5),
         },
         "held_out": {
             "n": 10, "tries": 2, "judge": "rules", "cells": cells,
-            "defender": {who: changed(-0.2, -0.3, -0.1) for who in ("direct", "trained")},
+            "defender": {who: {f"trained - {d}": changed(-0.2, -0.3, -0.1) for d in ("original", "initial")}
+                         for who in ("direct", "trained")},
             "attacker": {"trained - direct": changed(0.2, 0.1, 0.3)},
         },
         "prices": {name: {d: told(0.1) for d in bench.DEFENDERS} | {"difference": changed(0.0, 0.0, 0.0)}
