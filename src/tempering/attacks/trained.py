@@ -185,7 +185,7 @@ def in_the_open(trained: Trained) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix="attacker-"))
     try:
         for file in trained.folder.iterdir():
-            if file.is_file():
+            if file.is_file() and file.name != PLAYER:  # which marks a folder as an attacker's
                 (temporary / file.name.removesuffix(SUFFIX)).symlink_to(file.resolve())
         if (temporary / LOADABLE[1]).exists() and not (temporary / "lineage.json").exists():
             base = {"base": trained.player.base, "revision": trained.player.revision}
