@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tempering.core.chat import Encoded, collate
 from tempering.core.config import build
@@ -411,18 +412,34 @@ def test_a_killed_game_goes_on_byte_for_byte(settings, tmp_path, moment):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+class Measuring(Counting):
+    """A point for each character."""
+
+    def said(self, question):
+        if question.criterion.startswith("faithfulness"):
+            return Said((1.0,), None)
+        return Said(tuple(min(10.0, float(len(text))) for text in question.responses), None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_each_player_earns_more_against_the_other_as_it_was(settings, tmp_path, seed):
-    """A judge that counts a letter: 50 steps raise each player's reward on fixed trees."""
+def test_each_player_earns_more_against_the_other_as_it_was(settings, quick_model, seed):
+    """A judge that counts characters: 50 steps raise each player's reward on fixed trees.
+
+    All tokens that end a turn have one row of the output layer, so that there is one thing to learn: to go on.
+    """
+    file = Path(quick_model) / "model.safetensors"
+    weights = load_tensors(file)
+    weights["lm_head.weight"][160:] = weights["lm_head.weight"][2]
+    save_file(weights, file, metadata={"format": "pt"})
     config = settings(
-        steps=50, seed=seed, eval_every=50, eval_trees=48, checkpoint_every=50, lr=2e-2, kl_every=0, table_every=0,
+        steps=50, seed=seed, eval_every=50, eval_trees=64, checkpoint_every=50, kl_every=0, table_every=0, lr=1e-2,
         lora={"r": 4, "alpha": 8, "target_modules": "all-linear"}, ema={"decay": 0.8}, rollout={"seeds": 4},
     )  # fmt: skip
-    run = advgame.train(config, make_judges=judged_by(Counting()))
+    run = advgame.train(config, make_judges=judged_by(Measuring()))
     last = run.read_rows("metrics.jsonl")[-1]
-    assert last["attacker/reward"] > last["attacker/reward_initial"]
-    assert last["defender/reward"] > last["defender/reward_initial"]
+    for role in ROLES:
+        assert last[f"{role}/reward"] > last[f"{role}/reward_initial"], role
 
 
 def main():
