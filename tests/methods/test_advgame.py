@@ -74,7 +74,7 @@ def settings(quick_model, seeds_file, tmp_path):
             "dtype": "float32", "rollout": {"attacker_tokens": 6, "defender_tokens": 6}, "max_length": 512,
             "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
             "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-            "warm_start": {"rewrites": 0, "brief": 0},
+            "warm_start": {"rewrites": 0, "brief": 0}, "kl_every": 1,
         }  # fmt: skip
         for key, value in over.items():
             tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
@@ -152,7 +152,9 @@ def test_a_game_leaves_both_players_their_averages_and_what_was_played(settings,
     assert all(row["rewards"][0] > row["rewards"][1] for row in pairs)
     played = run.read_rows("data/rollouts.jsonl")
     assert len({(r["policy_version"], r["rng_key"]) for r in played}) == len(played)
-    assert run.provenance["unsafe"] is False and run.provenance["peak_bytes"] > 0
+    assert run.provenance["unsafe"] is False
+    game = run.read_json("data/game.json")
+    assert game["peak_bytes"] > 0 and sum(found["pairs"] for found in game["yield"].values()) == len(pairs)
 
 
 def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, monkeypatch):
@@ -245,6 +247,19 @@ def test_every_variant_plays(settings, tmp_path, over):
     if "players" in over and not config.players.attacker.train:
         kept = load_tensors(run.root / "checkpoints/step-2/weights.safetensors")
         assert all(not x.any() for name, x in kept.items() if "lora_B.attacker" in name)
+
+
+def test_a_defender_that_begins_to_refuse_raises_an_alarm_once(settings, capsys):
+    config = settings(guard={"window": 2, "drop": 0.2})
+    state = {"benign": [], "dispersion": []}
+    for step, comply in enumerate((4, 4, 4, 2, 2, 2), 1):
+        state["benign"].append([comply, 4])
+        state["dispersion"].append(1.0)
+        advgame.watch_over(config, state, step)
+    assert capsys.readouterr().err.count("learning to refuse") == 1
+    strict = settings(guard={"window": 2, "drop": 0.2, "stop": True})
+    with pytest.raises(RuntimeError, match=r"class_weights\.benign"):
+        advgame.watch_over(strict, {"benign": [[4, 4]] * 3 + [[1, 4]], "dispersion": [1.0] * 4}, 4)
 
 
 def test_players_start_on_top_of_a_run(settings, tmp_path, quick_model):
@@ -340,6 +355,24 @@ def test_the_plan_counts_parameters_as_they_are(settings, quick_model):
     own = sum(p.numel() * 4 for n, p in policy.model.named_parameters() if ".lora_" in n and "_ema" not in n)
     assert plan.weights == base
     assert plan.adapters >= own * 5  # each player: itself, its average, gradient and two moments
+
+
+def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(settings, tmp_path):
+    """Qwen2.5-7B in bf16: 15.2 GB once; LoRA on all linear layers 2.52 M numbers a rank."""
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "qwen")  # fmt: skip
+    config = settings(
+        model=str(tmp_path / "qwen"), dtype="bfloat16", ema={"audit": False},
+        lora={"r": 32, "alpha": 64, "target_modules": "all-linear"},
+    )  # fmt: skip
+    plan = memory_plan(config)
+    assert plan.weights == pytest.approx(15.2e9, rel=0.01)
+    # Two players, each with an average, a gradient and two moments, in float32.
+    assert plan.adapters == pytest.approx(2 * 5 * 4 * 32 * 2.52e6, rel=0.01)
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ from tempering.core.progress import progress, say
 from tempering.core.records import content_id
 from tempering.core.run import Run
 from tempering.core.sampling import Sampler, load_sampler
+from tempering.core.stats import wilson
 from tempering.core.training import (
     Checkpoint,
     Optimisation,
@@ -59,7 +60,7 @@ from tempering.core.training import (
 from tempering.data.attacker import CATEGORIES, INSTRUCTIONS, Category, attacker_message
 from tempering.data.describe import inputs_of, licences_of
 from tempering.data.seeds import Seed, load_seeds, seeds_hash
-from tempering.methods.advgame.display import game_table, validation_table
+from tempering.methods.advgame.display import game_table, summary_table, validation_table
 from tempering.methods.advgame.planner import memory_plan, say_plan
 from tempering.methods.advgame.players import Player, Seats, Weights, load_seats
 from tempering.methods.advgame.rollout import (
@@ -193,6 +194,11 @@ def train(
         for role in ROLES:
             seats.of(role).export(run.root / "final" / role, role, "ema", facts, config)
             seats.of(role).export(run.root / "final" / f"{role}_raw", role, "current", facts, config)
+    summary = summarise(config, run.read_rows("metrics.jsonl")) | {
+        "peak_bytes": peak_bytes(seats.defender.policy.device)
+    }
+    run.write_json("data/game.json", summary)
+    summary_table(config, summary)
     run.write_provenance(**provenance(config, seats, dealer, judges, seeds, dropped, watch))
     run.finish()
     return run
@@ -283,7 +289,7 @@ def _loop(
             run.append_row("metrics.jsonl", row)
             processes.log(row, step)
             require_judged(config, state["unscored"], dealer)
-            watch_over(config, state, row)
+            watch_over(config, state, step)
             advance(1, note=note_of(row))
             shown.append(row)
             is_last = step == config.steps
@@ -475,28 +481,46 @@ def fallen(history: Sequence[float | None], window: int) -> float | None:
     return 1 - float(np.mean(last)) / float(np.mean(first)) if first and last and any(first) else None
 
 
-def watch_over(config: AdvGameConfig, state: Mapping[str, Any], row: dict[str, Any]) -> None:
-    """Raise the alarms: benign compliance has fallen (over-refusal), attacks on a seed are all alike.
+def compliance_fallen(history: Sequence[Sequence[int]], window: int) -> tuple[float, float] | None:
+    """The shares of benign answers that complied in the first `window` steps and in the last, once there are both.
+
+    >>> compliance_fallen([[4, 4], [3, 4], [2, 4]], 1)
+    (1.0, 0.5)
+    """
+    if len(history) < 2 * window:
+        return None
+    (before, n), (now, m) = (
+        [sum(x) for x in zip(*part, strict=True)] for part in (history[:window], history[-window:])
+    )
+    return (before / n, now / m) if n and m else None
+
+
+def watch_over(config: AdvGameConfig, state: Mapping[str, Any], step: int) -> None:
+    """Raise an alarm when it begins: benign compliance has fallen (over-refusal), or attacks on a seed are all alike.
 
     Raises:
         RuntimeError: compliance has fallen, and `guard.stop` is set.
     """
-    window, history = config.guard.window, state["benign"]
-    if len(history) >= 2 * window:
-        (before, n), (now, m) = (
-            [sum(x) for x in zip(*part, strict=True)] for part in (history[:window], history[-window:])
+
+    def falls(back: int) -> tuple[bool, bool]:
+        end = len(state["benign"]) - back
+        shares = compliance_fallen(state["benign"][:end], config.guard.window)
+        likeness = fallen(state["dispersion"][:end], config.guard.window)
+        has_fallen = shares is not None and shares[0] - shares[1] >= config.guard.drop
+        return has_fallen, likeness is not None and likeness > 0.5
+
+    (refuses, is_alike), (did, was_alike) = falls(0), falls(1)
+    if refuses and not did:
+        before, now = compliance_fallen(state["benign"], config.guard.window) or (0.0, 0.0)
+        text = (
+            f"step {step}: {now:.0%} of benign answers comply, {before:.0%} in the first {config.guard.window} "
+            "steps: the defender is learning to refuse"
         )
-        if n and m and before / n - now / m >= config.guard.drop:
-            text = (
-                f"step {row['step']}: {now / m:.0%} of benign answers comply, {before / n:.0%} in the first {window} "
-                "steps: the defender is learning to refuse"
-            )
-            if config.guard.stop:
-                raise RuntimeError(f"{text}; raise class_weights.benign, or set guard.stop=false")
-            say(f"[yellow]alarm: {text}[/]")
-    fall = fallen(state["dispersion"], window)
-    if fall is not None and fall > 0.5:
-        say(f"[yellow]alarm: step {row['step']}: attacks on a seed differ by less than half of what they did[/]")
+        if config.guard.stop:
+            raise RuntimeError(f"{text}; raise class_weights.benign, or set guard.stop=false")
+        say(f"[yellow]alarm: {text}[/]")
+    if is_alike and not was_alike:
+        say(f"[yellow]alarm: step {step}: attacks on a seed differ by less than half of what they did[/]")
 
 
 def _dispersion(row: Mapping[str, Any]) -> float | None:
@@ -583,9 +607,33 @@ def provenance(
             "checkpoints/*/attacker",
             "checkpoints/*/attacker_ema",
         ],
-        "peak_bytes": peak_bytes(policy.device),
         "cost": {**watch.phases, "generated_tokens": dealer.tokens},
     }
+
+
+def summarise(config: AdvGameConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `data/game.json` holds: pair yield and statuses of all steps, last distances, the last validation."""
+    steps = [row for row in rows if "event" not in row]
+    facts: dict[str, Any] = {"steps": len(steps), "yield": {}, "statuses": {}}
+    for role in ROLES:
+        for category in config.data.classes:
+            name = f"{role}/{category}"
+            made, possible = (sum(row.get(f"{name}/{what}", 0) for row in steps) for what in ("pairs", "possible"))
+            if possible:
+                low, high = wilson(made, possible)[-2:]
+                found = {"pairs": made, "possible": possible, "value": made / possible, "low": low, "high": high}
+                facts["yield"][name] = found
+            start = f"{name}/status/"
+            statuses = sorted({key.removeprefix(start) for row in steps for key in row if key.startswith(start)})
+            facts["statuses"][name] = {s: sum(row.get(start + s, 0) for row in steps) for s in statuses}
+    for name in ("kl_initial_nats", "kl_ema_nats", "drift", "drift_accumulated"):
+        for player in ("shared",) if config.players.shared else ROLES:
+            told = [row[f"{player}/{name}"] for row in steps if row.get(f"{player}/{name}") is not None]
+            if told:
+                facts[f"{player}/{name}"] = told[-1]
+    facts["seconds_per_step"] = float(np.mean([row["step_seconds"] for row in steps]))
+    facts["validation"] = next((row for row in reversed(rows) if row.get("event") == "validation"), None)
+    return facts
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -57,6 +57,24 @@ def validation_table(config: AdvGameConfig, facts: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def summary_table(config: AdvGameConfig, facts: Mapping[str, Any]) -> None:
+    """Print what a whole game came to."""
+    table = Table(title=f"the game, {facts['steps']} steps", title_justify="left")
+    for name in ("seat", "pair yield (95 %)", "statuses"):
+        table.add_column(name, overflow="fold")
+    for name, found in facts["yield"].items():
+        share = "{pairs}/{possible}: {value:.0%} ({low:.0%} to {high:.0%})".format(**found)
+        statuses = " ".join(f"{status} {count}" for status, count in facts["statuses"][name].items())
+        table.add_row(name.replace("/", ", "), share, statuses)
+    console.print(table)
+    for player in ("shared",) if config.players.shared else ROLES:
+        told = {
+            name: facts.get(f"{player}/{name}") for name in ("kl_initial_nats", "kl_ema_nats", "drift_accumulated")
+        }
+        console.print(f"{player}: " + ", ".join(f"{n} {v:.2g}" for n, v in told.items() if v is not None))
+    console.print(f"{facts['seconds_per_step']:.1f} s a step, {facts['peak_bytes'] / 1e9:.2f} GB at most")
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 

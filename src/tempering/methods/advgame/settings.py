@@ -48,15 +48,15 @@ class WarmStart(Config):
     Small models answer a seed instead of rewriting it, and do not come to an end; then there are no pairs.
     """
 
-    rewrites: int = Field(default=96, ge=0)
+    rewrites: int = Field(default=64, ge=0)
     """Seeds in template sentences that the attacker imitates; 0: none."""
-    brief: int = Field(default=96, ge=0)
+    brief: int = Field(default=64, ge=0)
     """Own answers of the defender, cut after a sentence, that it imitates; 0: none."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls linearly to zero."""
     rows: int = Field(default=4, ge=1)
     """Rows an optimiser step."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=2, ge=1)
     """Passes."""
 
 
@@ -261,11 +261,11 @@ class AdvGameConfig(Config):
     """Type of the base weights; auto: bfloat16 where the device computes in it."""
     checkpoint_every: int = Field(default=12, gt=0)
     """Steps between checkpoints (and at the end)."""
-    eval_every: int = Field(default=12, ge=0)
+    eval_every: int = Field(default=36, ge=0)
     """Steps between validations (and before the first step and after the last); 0: none."""
     eval_trees: int = Field(default=64, ge=1)
     """Fixed trees of one attack and one answer that a validation plays, of both classes together."""
-    kl_every: int = Field(default=1, ge=0)
+    kl_every: int = Field(default=3, ge=0)
     """Steps between measurements of the distance to the start and to the average, a further forward pass; 0: none."""
     table_every: int = Field(default=6, ge=0)
     """Steps between two tables on the terminal; 0: none."""
