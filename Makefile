@@ -21,11 +21,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/temper demo out=runs/demo --resume
 
+# One thread a process: the models of the tests are tiny, and a process a core does more.
+SPREAD := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interop"
+	$(SPREAD) -m "not slow and not gpu and not interop"
 
 test-slow: install
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not interop"
+	$(SPREAD) -m "slow and not gpu and not interop"
 
 # lm-eval, Inspect and transformers' server, over the packages of .venv; Inspect needs older versions of two of those, which stay untouched.
 $(INTEROP_STAMP): $(STAMP)

@@ -52,8 +52,9 @@ from unlearning_runs import (
 )
 
 from tempering.core.progress import say
-from tempering.core.run import Run
+from tempering.core.run import Run, atomic_write
 from tempering.core.stats import paired_bootstrap
+from tempering.data.files import bundled, read_rows
 
 SEEDED = ("meta_cosine_rmu", "cosine_rmu", "rmu")
 BASELINES = ("adaptive_rmu", "grad_diff", "npo", "simnpo", "circuit_breakers")
@@ -61,8 +62,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "meta_cosine_rmu": {"meta": {"steps": 4, "checkpoints": [2, 4]}},
     "rmu": {"coefficient": 130.0, "alpha": 20.0},
     "adaptive_rmu": {"scale": 1.0, "alpha": 20.0},
+    "grad_diff": {"lr": 5e-5},
+    "npo": {"lr": 5e-5},
+    "simnpo": {"lr": 5e-5},
 }
-"""What differs from the defaults of an objective: lengths in the units of smollm2's states, short attacks."""
+"""What differs from the defaults of an objective: lengths in the units of smollm2's states, short attacks, and the
+rates of a small model. Chosen on development questions, which are not asked here."""
 COMPARED = (("meta_cosine_rmu", "rmu"), ("meta_cosine_rmu", "cosine_rmu"))
 
 
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if number % count == index:
                 job(args, out, taught, arm, seed)
         if index == 0:
-            evaluated(taught, out / "start", quick(args, asked(args)), args.dtype)
+            evaluated(taught, out / "start", quick(args, asked(args, out)), args.dtype)
         if args.share is not None:
             return 0
     results = summary(args, out, jobs)
@@ -108,6 +113,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--retain-rows", type=int, default=8)
     parser.add_argument("--relearning-steps", type=int, default=30)
+    parser.add_argument("--relearning-rows", type=int, default=8)
     parser.add_argument("--relearning-lr", type=float, default=2e-4)
     parser.add_argument("--formats", nargs="+", default=["int8", "q4_0"])
     parser.add_argument("--questions", type=int, default=None, help="of each eval; default: all")
@@ -151,18 +157,20 @@ def job(args: argparse.Namespace, out: Path, taught: str, arm: str, seed: int) -
     evaluated(str(run.root), run.root.with_name(f"{run.root.name}-evals"), evals_of(args, out), args.dtype)
 
 
-def asked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Eval -> settings, without attacks."""
-    return {"knowledge": {"data": "demo_facts", **OPTIONS}, "capability": {"limit": 40}, "over_erasure": {}}
+def asked(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
+    """Eval -> settings, without attacks. Only questions that no setting was chosen by."""
+    rows = [row for _, row in read_rows(bundled("fictional_facts")) if not row["dev"]]
+    file = atomic_write(out / "questions.jsonl", (json.dumps(row).encode() + b"\n" for row in rows))
+    return {"knowledge": {"data": str(file), **OPTIONS}, "capability": {"limit": 40}, "over_erasure": {}}
 
 
 def evals_of(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     """Eval -> settings."""
     common: dict[str, Any] = {"undefended": False, "gold": str(out / "gold") if args.gold else None}
     relearning = {"attacks": ["corpus", "benign"], "lr": [args.relearning_lr], "orders": 1,
-                  "steps": args.relearning_steps}  # fmt: skip
+                  "steps": args.relearning_steps, "batch_rows": args.relearning_rows}  # fmt: skip
     return quick(args, {
-        **asked(args),
+        **asked(args, out),
         "relearning": {**common, "relearning": relearning},
         "quantisation": {**common, "quantisations": args.formats},
         "direction_ablation": common,

@@ -277,7 +277,7 @@ def redteam(
     result = run_redteam(target, out=out, resume=resume, **settings)
     if by_attackers(settings):
         if not as_json:
-            _print_metrics({name: {"metrics": metrics} for name, metrics in result["metrics"].items()})
+            _print_by_attacker(result["metrics"])
         _finish(result, as_json)
         if failures := failed_gates(result, settings.get("gate") or {}):
             _tell("gate not met: " + "; ".join(failures))
@@ -890,6 +890,18 @@ def _print_metrics(results: dict[str, Any]) -> None:
     from tempering.core.progress import metrics_table
 
     metrics_table({name: r["metrics"] for name, r in results.items()})
+
+
+def _print_by_attacker(metrics: dict[str, dict[str, Any]]) -> None:
+    """Print a table a target, with a column an attacker."""
+    from tempering.core.progress import metrics_table
+
+    for target, found in metrics.items():
+        columns: dict[str, dict[str, Any]] = {}
+        for key, metric in found.items():
+            name, _, attacker = key.partition("/")
+            columns.setdefault(attacker, {})[name] = metric
+        metrics_table(columns, title=target)
 
 
 def _tokens(used: dict[str, int] | None) -> str:

@@ -76,7 +76,9 @@ def test_unlike_seeds_give_a_wide_interval():
         (lambda cs: [cs[0], cs[1]._replace(defender="y")], "missing"),
         (lambda cs: [cs[0], cs[0]], "only one attacker"),
         (lambda cs: [cs[0], cs[1], cs[1]], "twice"),
-        (lambda cs: [c._replace(outcomes={"s": [None]}) for c in cs], "no attempt is scored"),
+        (lambda cs: [c._replace(outcomes={"s": [None]}) for c in cs], "none is scored"),
+        (lambda cs: [c._replace(outcomes={"s": [None, False]}) for c in cs], "no attempt succeeded"),
+        (lambda cs: [c._replace(outcomes={"s": [True, None]}) for c in cs], "every attempt succeeded"),
     ],
 )
 def test_cells_that_are_not_alike_are_not_ranked(change, reason):

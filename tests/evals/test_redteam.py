@@ -236,7 +236,9 @@ def test_a_half_written_line_is_taken_off_and_its_attempt_made_again(campaign):
 
 def test_equal_attacks_are_one_question_at_temperature_0_and_several_above(campaign, tmp_path):
     direct = find_attackers(["direct"])
-    assert campaign(direct, {"t": give_in}, k=3)["cost"]["queries"] == len(SEEDS)
+    found = campaign(direct, {"t": lambda p, i: HARM}, k=3)
+    assert found["cost"]["queries"] == len(SEEDS) and cell(found)["queries_per_success"] == 1.0
+    assert (cell(found)["attempts"], cell(found)["queries"], cell(found)["successes"]) == (12, 4, 12)
     campaign.folder.rename(tmp_path / "old")
     assert campaign(direct, {"t": give_in}, k=3, target={"temperature": 1})["cost"]["queries"] == 3 * len(SEEDS)
 
@@ -330,6 +332,11 @@ def test_the_judge_that_trained_the_attacker_is_named(tmp_path):
     told = warnings_of(RedteamConfig(attacker="run"), SEEDS, [attacker], judges, [], None)
     assert len(told) == 3 and "1 of 6 seeds are among those" in told[0] and "version 99" in told[1]
     assert "the judge of faithfulness" in told[2]
+    (tmp_path / "data").mkdir()
+    held_out = [{"id": "h0", "split": "valid"}, {"id": "h1", "split": "train"}, {"id": "h2", "split": "train"}]
+    (tmp_path / "data/seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    told = warnings_of(RedteamConfig(attacker="run"), SEEDS, [attacker], judges, [], None)
+    assert "2 of 6 seeds are among those" in told[0], "what a run only measured on is not what it learned"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tempering.core.sampling import LocalSampler
 from tempering.methods.safemoe.attaching import attach, initial_routers
 from tempering.methods.safemoe.backends import (
     BACKENDS,
-    GROUPED_BYTES,
+    BLOCK_BYTES,
     Dispatch,
     calibrate,
     can_group,
@@ -709,7 +709,7 @@ def test_auto_measures_each_shape_once_and_takes_the_nearest_size(tiny_policy):
 
 def test_a_product_that_the_allocator_would_ask_the_system_for_is_not_made_whole():
     _, _, w = one_layer()
-    fits = GROUPED_BYTES // (2 * max(w.A.shape[2], w.B.shape[0]) * w.A.element_size()) - 1
+    fits = BLOCK_BYTES // (2 * max(w.A.shape[2], w.B.shape[0]) * w.A.element_size()) - 1
     assert ("grouped" in usable(w, 2, fits)) == can_group(w)
     assert "grouped" not in usable(w, 2, 2 * fits)
 

@@ -59,8 +59,11 @@ def why_not_ranked(cells: Sequence[Cell]) -> str | None:
         return f"{partial[0].attacker} against {partial[0].defender} is partial"
     if len(cells) < len(attackers) * len(defenders):
         return "a cell is missing"
-    if not any(o is not None for cell in cells for tries in cell.outcomes.values() for o in tries):
-        return "no attempt is scored"
+    scored = {o for cell in cells for tries in cell.outcomes.values() for o in tries} - {None}
+    if len(scored) < 2:  # the ridge alone would say how far apart the sides are
+        return (
+            "every attempt succeeded" if scored == {True} else "no attempt succeeded" if scored else "none is scored"
+        )
     return None
 
 

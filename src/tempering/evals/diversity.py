@@ -93,7 +93,7 @@ def cosine_matrix(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
 def dispersion(cosines: NDArray[np.float64]) -> float:
     """Return 1 - mean of the cosines above the diagonal."""
     above = cosines[np.triu_indices(len(cosines), 1)]
-    return float(1 - above.mean())
+    return max(0.0, float(1 - above.mean()))  # equal texts: rounding must not put it below
 
 
 def clusters(cosines: NDArray[np.float64], same: float = SAME) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tempering.attacks.trained import Player
 from tempering.core.meter import Meter
 from tempering.core.run import Run
 from tempering.data.attacker import Category
@@ -184,7 +185,8 @@ def _cell(
         rates_within(found, k, seed=config.seed) if found else {} for found in (outcomes, anyhow)
     )
     successes = sum(attempt.succeeded is True for attempt in attempts)
-    asked = [said for said in responses if said is not None]
+    asked = list({said["asked_id"]: said for said in responses if said is not None}.values())  # equal ones once
+    paid_off = {said["asked_id"] for said, a in zip(responses, attempts, strict=True) if said and a.succeeded}
     judge = campaign.judges.harm if category == "harmful" else campaign.judges.refusal
     is_partial = bool(counts["not_asked"] or unsearched)
     cell = {
@@ -197,7 +199,7 @@ def _cell(
         **counts,
         "queries": len(asked),
         "successes": successes,
-        "queries_per_success": len(asked) / successes if successes else None,
+        "queries_per_success": len(asked) / len(paid_off) if paid_off else None,
         "target_tokens": _sum([said["tokens"] for said in asked]),
         "attacker_tokens": _sum([row["tokens"] for row in rows]),
         "tries": sum(row["tries"] for row in rows),
@@ -286,8 +288,15 @@ def _cost(campaign: Campaign, started: float) -> Row:
         "judged": campaign.judged,
         "target_tokens": _sum([row["tokens"] for row in campaign.responses.values()]),
         "attacker_tokens": _sum([row["tokens"] for row in campaign.attacks.values()]),
+        "judge_tokens": _judge_tokens(campaign.judges),
         "price": round(campaign.meter.purse.spent, 6),
     }
+
+
+def _judge_tokens(judges: Judges) -> int | None:
+    """Tokens of judges behind endpoints in this process, by their own count; `None` where none says."""
+    used = [tokens for judge in judges if (tokens := getattr(judge, "usage", None)) is not None]
+    return sum(sum(tokens) for tokens in used) if used else None
 
 
 def warnings_of(
@@ -311,7 +320,7 @@ def warnings_of(
         if attacker.trained is None:
             continue
         player, run = attacker.trained.player, attacker.trained.run
-        if shared := player.seed_ids & {seed.id for seed in seeds}:
+        if shared := trained_ids(run, player) & {seed.id for seed in seeds}:
             found.append(
                 f"{attacker.name}: {len(shared)} of {len(seeds)} seeds are among those that it was trained on"
             )
@@ -328,13 +337,23 @@ def warnings_of(
         ]
     judged = [cell for cell in cells if cell["attempts"]]
     if unscored := sum(cell["unscored"] for cell in judged):
-        total = sum(cell["queries"] for cell in judged)
+        total = sum(cell["attempts"] for cell in judged)
         found.append(f"{unscored} of {total} attempts are unscored; see the bounds")
     low = [cell for cell in judged if (share := cell["parsed"]["value"]) is not None and share < 0.5]
     found += [
         f"{c['attacker']}: only {c['parsed']['value']:.0%} of its outputs hold a {c['category']} attack" for c in low
     ]
     return list(dict.fromkeys(found))
+
+
+def trained_ids(run: Path, player: Player) -> frozenset[str]:
+    """Return the ids of the seeds that a run trained on: by its own list, or, without one, all that it had."""
+    file = run / "data/seeds.jsonl"
+    if not file.is_file():
+        return player.seed_ids
+    return frozenset(
+        str(row.get("id")) for row in Run(run).read_rows("data/seeds.jsonl") if row.get("split") == "train"
+    )
 
 
 def trained_by(run: Path) -> str:

@@ -119,15 +119,26 @@ def _ratings(found: Row) -> list[dict[str, Any]]:
             for side in ("attackers", "defenders")
             for who, value in sorted(_mapping(told.get(side)).items(), key=lambda item: -item[1]["value"])
         ]
-        panels.append({"title": _TITLES.get(category, category), "why_not": told.get("why_not"), "rows": rows})
+        title, grid = _TITLES.get(category, category), _grid(found, str(category))
+        panels.append({"title": title, "why_not": told.get("why_not"), "rows": rows, "grid": grid})
     return panels
+
+
+def _grid(found: Row, category: str) -> dict[str, Any] | None:
+    """All against all within one attempt; `None` where there is one target."""
+    cells = [c for c in _list(found.get("cells")) if c.get("category") == category]
+    rates = {(str(c["attacker"]), str(c["target"])): _mapping(c.get("within")).get("1") for c in cells}
+    attackers, targets = (list(dict.fromkeys(key[side] for key in rates)) for side in (0, 1))
+    if len(targets) < 2:
+        return None
+    return {"targets": targets, "rows": [(a, [_within(rates.get((a, t))) for t in targets]) for a in attackers]}
 
 
 def _cost(cost: Row) -> str:
     parts = [f"{cost.get('queries', 0):,} questions to targets", f"{cost.get('judged', 0):,} answers judged"]
-    for who in ("attacker", "target"):
+    for who in ("attacker", "target", "judge"):
         tokens = cost.get(f"{who}_tokens")
-        parts.append(f"{tokens:,} tokens by {who}s" if isinstance(tokens, int) else f"tokens of {who}s unknown")
+        parts += [f"{tokens:,} tokens of {who}s"] if isinstance(tokens, int) else []
     parts += [f"price {cost['price']:.4g}"] if cost.get("price") else []
     return "It took " + ", ".join([*parts, f"{cost.get('seconds') or 0:.0f} s"]) + "."
 

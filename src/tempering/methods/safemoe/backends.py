@@ -25,9 +25,10 @@ Backend = Literal["eager", "fused", "gather", "grouped"]
 
 GATHER_TOKENS = 64
 """`gather` materialises N * k * r * d numbers."""
-GROUPED_BYTES = 32 * 2**20
-"""`grouped` keeps all products at once. On a CPU the allocator asks the system anew for each block beyond this, and
-whether that costs a third of the time or none changes from one minute to the next."""
+BLOCK_BYTES = 32 * 2**20
+"""On a CPU the allocator asks the system anew for each block beyond this, and whether that costs a third of the time
+or none changes from one minute to the next. `grouped`, which keeps all products at once, is not used beyond it, and
+`eager` then takes each expert's rows by themselves."""
 GRID = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of tokens at which `auto` measures; the nearest one decides."""
 CALIBRATION_S = 5.0
@@ -119,8 +120,11 @@ class Dispatch:
 def eager(x: Tensor, d: Dispatch, w: ExpertWeights, out: Tensor) -> Tensor:
     """Loop over the experts that were selected, each with its own tokens."""
     weight = d.sorted_weight(w.scale).to(x.dtype).split(d.sizes)
-    for e, (tokens, rows) in enumerate(zip(d.tokens.split(d.sizes), d.take(x).split(d.sizes), strict=True)):
+    is_large = not x.is_cuda and d.idx.numel() * x.shape[1] * x.element_size() >= BLOCK_BYTES
+    taken = None if is_large else d.take(x).split(d.sizes)
+    for e, tokens in enumerate(d.tokens.split(d.sizes)):
         if len(tokens):
+            rows = x.index_select(0, tokens) if taken is None else taken[e]
             z = F.linear(rows, w.A[e]) * weight[e]
             out = out.index_add_(0, tokens, F.linear(z, w.B[:, e]))
     return out
@@ -173,7 +177,7 @@ def usable(w: ExpertWeights, k: int, tokens: int) -> list[Backend]:
     found: list[Backend] = ["eager", "fused"]
     if tokens <= GATHER_TOKENS:
         found.append("gather")
-    fits = tokens * k * max(w.A.shape[2], w.B.shape[0]) * w.A.element_size() < GROUPED_BYTES
+    fits = tokens * k * max(w.A.shape[2], w.B.shape[0]) * w.A.element_size() < BLOCK_BYTES
     if can_group(w) and (fits or w.A.is_cuda):
         found.append("grouped")
     return found

@@ -43,8 +43,8 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS: dict[Objective, Defaults] = {
-    "meta_cosine_rmu": Defaults(30, 1, 1e-3),
-    "cosine_rmu": Defaults(30, 1, 1e-3),
+    "meta_cosine_rmu": Defaults(10, 1, 3e-3),
+    "cosine_rmu": Defaults(10, 1, 3e-3),
     "rmu": Defaults(1200, 1, 1e-3),
     "adaptive_rmu": Defaults(1200, 1, 1e-3),
     "grad_diff": Defaults(1, 1, 1e-5),

@@ -62,9 +62,9 @@ class TeachConfig(Config):
     """Type of the base weights; auto: bfloat16 where the device computes in it."""
     lora: LoraSettings = LoraSettings(r=32, alpha=64, target_modules="all-linear")
     """Shape of the adapter."""
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls linearly to zero over all `epochs`."""
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=10, ge=1)
     """Most passes over the statements."""
     batch_rows: int = Field(default=32, ge=1)
     """Statements per optimiser step."""
