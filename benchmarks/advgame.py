@@ -559,7 +559,7 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
 
     args.model = toy(out / "toy_model") if args.quick else args.model
     config = game_config(args)
-    before = resident_mb()
+    before = resident_mb("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         if name == "game":
             played(args, Path(folder) / "run", args.memory_steps, COLD)
@@ -575,8 +575,15 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
     return {"peak_mb": resident_mb() - before, "imports_mb": before}
 
 
-def resident_mb() -> float:
-    """The most memory that this process has held, in MB."""
+def resident_mb(what: str = "VmHWM") -> float:
+    """The most memory that this process has held (`VmRSS`: that it holds now), in MB.
+
+    Not from `getrusage` where the kernel tells more: a new process inherits its parent's peak there.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        told = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
+        return int(told[what].split()[0]) / 2**10
     import resource
 
     scale = 2**20 if sys.platform == "darwin" else 2**10
