@@ -179,7 +179,11 @@ def train(
     dealer = Dealer(config, seats, judges, RolloutLog(run.path(ROLLOUTS)))
     watch = Stopwatch()
     bases = [player.policy.base_fingerprint() for player in seats.players]
-    facts = {"run": str(run.root), "seeds_sha256": seeds_hash(seeds), "seed_ids": sorted(s.id for s in seeds if s.split == "train")}
+    facts = {
+        "run": str(run.root),
+        "seeds_sha256": seeds_hash(seeds),
+        "seed_ids": sorted(s.id for s in seeds if s.split == "train"),
+    }
     say(
         f"{', '.join(f'{len(own)} {category}' for category, own in train_seeds.items())} seeds; judged by "
         f"{', '.join(judge.identity for judge in judges.each)}"
