@@ -402,10 +402,14 @@ def test_a_killed_game_goes_on_byte_for_byte(settings, tmp_path, moment):
     process.kill()
     process.wait()
     assert not (cut / "DONE").exists()
+    judged, before = (cut / JUDGEMENTS).read_bytes().count(b"\n"), len(lines(cut / "asked.jsonl"))
     subprocess.run(start(cut, "resume"), check=True, capture_output=True)
     assert untimed(Run.open(cut)) == untimed(Run.open(whole))
-    for name in ("data/rollouts.jsonl", "data/judgements.jsonl", "data/pairs.jsonl", "asked.jsonl"):
+    for name in ("data/rollouts.jsonl", "data/judgements.jsonl", "data/pairs.jsonl"):
         assert lines(cut / name) == lines(whole / name), name
+    # Asked again is only what had no answer yet when the process was killed.
+    asked = lines(whole / "asked.jsonl")
+    assert lines(cut / "asked.jsonl") == asked[:before] + asked[judged:]
     names = ["checkpoints/step-4/weights.safetensors", "checkpoints/step-4/optimizer.safetensors"]
     names += ["final/defender/adapter_model.safetensors", "final/attacker/adapter_model.safetensors.unsafe"]
     for name in names:
