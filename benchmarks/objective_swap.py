@@ -35,7 +35,6 @@ import numpy as np
 from unlearning_runs import (
     ATTACKS,
     CHANCE,
-    OPTIONS,
     answers,
     attacked,
     bootstrap,
@@ -48,6 +47,7 @@ from unlearning_runs import (
     prices,
     recovered,
     retained,
+    test_questions,
     total_score,
     toy,
     trained,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.share is None:
         for function in FUNCTIONS:
             start = start_of(args, out, function)
-            evaluated(start, out / f"start-{function}", asked(args, function), args.dtype)
+            evaluated(start, out / f"start-{function}", asked(args, out, function), args.dtype)
             trained(FUNCTIONS[function], out / f"bank-{function}", bank_settings(args, function, start))
     if args.share is None and args.workers > 1:
         in_processes(__file__, given, args.workers)
@@ -111,7 +111,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--n-layers", type=int, default=6, help="of the probes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--measure-every", type=int, default=20)
-    parser.add_argument("--relearning-steps", type=int, default=30)
+    parser.add_argument("--relearning-steps", type=int, default=40)
+    parser.add_argument("--relearning-lr", type=float, default=1e-3)
     parser.add_argument("--continuations", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=60, help="of toxicity, and questions of capability")
     parser.add_argument("--questions", type=int, default=None, help="of knowledge; default: all")
@@ -198,7 +199,7 @@ def fill(args: argparse.Namespace, out: Path, table: str, function: str, objecti
         run = trained(
             FUNCTIONS[function], folder / f"seed{seed}-alpha{alpha:g}", {**settings, "alpha": alpha, "seed": seed}
         )
-        evaluated(str(run.root), folder / f"seed{seed}-evals", evals_of(args, function), args.dtype)
+        evaluated(str(run.root), folder / f"seed{seed}-evals", evals_of(args, out, function), args.dtype)
 
 
 def chosen(runs: Mapping[float, Run], function: str) -> float:
@@ -216,24 +217,25 @@ def chosen(runs: Mapping[float, Run], function: str) -> float:
     return max(runs, key=lambda alpha: (merit(alpha), alpha))
 
 
-def asked(args: argparse.Namespace, function: str) -> dict[str, dict[str, Any]]:
+def asked(args: argparse.Namespace, out: Path, function: str) -> dict[str, dict[str, Any]]:
     """Eval -> settings, without attacks."""
     found: dict[str, dict[str, Any]] = {"capability": {"limit": args.prompts}, "over_erasure": {}}
     if function == "knowledge":
         limit = {} if args.questions is None else {"limit": args.questions}
-        found["knowledge"] = {"data": "demo_facts", **OPTIONS, **limit}
+        found["knowledge"] = {**test_questions(out), **limit}
     return found
 
 
-def evals_of(args: argparse.Namespace, function: str) -> dict[str, dict[str, Any]]:
+def evals_of(args: argparse.Namespace, out: Path, function: str) -> dict[str, dict[str, Any]]:
     """Eval -> settings."""
     limit = args.questions if function == "knowledge" else args.prompts
     shared: dict[str, Any] = {"measure": function, "undefended": False} | ({} if limit is None else {"limit": limit})
     if function == "toxicity":
         shared |= {"continuations": args.continuations, "toxicity_judge": args.scorer}
-    relearning = {"attacks": ["corpus", "benign"], "lr": [2e-4], "orders": 1, "steps": args.relearning_steps}
+    relearning = {"attacks": ["corpus", "benign"], "lr": [args.relearning_lr], "orders": 1,
+                  "steps": args.relearning_steps, "batch_rows": 8}  # fmt: skip
     return {
-        **asked(args, function),
+        **asked(args, out, function),
         "relearning": {**shared, "relearning": relearning},
         "quantisation": {**shared, "quantisations": ["int8", "q4_0"]},
         "direction_ablation": shared,

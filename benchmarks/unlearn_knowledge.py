@@ -33,7 +33,6 @@ from unlearning_runs import (
     ATTACKS,
     CHANCE,
     FORGET,
-    OPTIONS,
     answers,
     attacked,
     bootstrap,
@@ -46,15 +45,15 @@ from unlearning_runs import (
     prices,
     recovered,
     retained,
+    test_questions,
     total_score,
     toy,
     trained,
 )
 
 from tempering.core.progress import say
-from tempering.core.run import Run, atomic_write
+from tempering.core.run import Run
 from tempering.core.stats import paired_bootstrap
-from tempering.data.files import bundled, read_rows
 
 SEEDED = ("meta_cosine_rmu", "cosine_rmu", "rmu")
 BASELINES = ("adaptive_rmu", "grad_diff", "npo", "simnpo", "circuit_breakers")
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, (arm, seed) in enumerate(jobs):
             if number % count == index:
                 job(args, out, taught, arm, seed)
-        if index == 0:
+        if index == count - 1:
             evaluated(taught, out / "start", quick(args, asked(args, out)), args.dtype)
         if args.share is not None:
             return 0
@@ -154,20 +153,19 @@ def job(args: argparse.Namespace, out: Path, taught: str, arm: str, seed: int) -
         settings |= {"allow_chance": True, "limit": 12, "max_length": 32}
         settings |= {"meta": {"every": 1, "warmup": 0, "steps": 2, "checkpoints": [2], "rank": 2}}
     run = trained("unlearn_knowledge", out / f"{arm}-seed{seed}", settings)
-    evaluated(str(run.root), run.root.with_name(f"{run.root.name}-evals"), evals_of(args, out), args.dtype)
+    evaluated(str(run.root), run.root.with_name(f"{run.root.name}-evals"), evals_of(args, out, seed), args.dtype)
 
 
 def asked(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
-    """Eval -> settings, without attacks. Only questions that no setting was chosen by."""
-    rows = [row for _, row in read_rows(bundled("fictional_facts")) if not row["dev"]]
-    file = atomic_write(out / "questions.jsonl", (json.dumps(row).encode() + b"\n" for row in rows))
-    return {"knowledge": {"data": str(file), **OPTIONS}, "capability": {"limit": 40}, "over_erasure": {}}
+    """Eval -> settings, without attacks."""
+    return {"knowledge": test_questions(out), "capability": {"limit": 40}, "over_erasure": {}}
 
 
-def evals_of(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
-    """Eval -> settings."""
+def evals_of(args: argparse.Namespace, out: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Eval -> settings. Relearning on everyday text is of the first seed alone."""
     common: dict[str, Any] = {"undefended": False, "gold": str(out / "gold") if args.gold else None}
-    relearning = {"attacks": ["corpus", "benign"], "lr": [args.relearning_lr], "orders": 1,
+    attacks = ["corpus", "benign"] if seed == 0 else ["corpus"]
+    relearning = {"attacks": attacks, "lr": [args.relearning_lr], "orders": 1,
                   "steps": args.relearning_steps, "batch_rows": args.relearning_rows}  # fmt: skip
     return quick(args, {
         **asked(args, out),

@@ -5,6 +5,7 @@ No benchmark by itself.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 import tempering
 from tempering.core.progress import say
-from tempering.core.run import Run
+from tempering.core.run import Run, atomic_write
 from tempering.core.stats import forgotten, kept
+from tempering.data.files import bundled, read_rows
 from tempering.reporting.unlearning import aggregate
 
 ATTACKS = ("relearning", "quantisation", "direction_ablation")
@@ -46,6 +48,13 @@ def evaluated(target: str, folder: Path, evals: Mapping[str, Mapping[str, Any]],
             say(f"{target}: {name}")
             tempering.evaluate(sampler, [name], out=folder, resume=folder.exists(), **evals[name])
     return Run.open(folder)
+
+
+def test_questions(folder: Path) -> dict[str, Any]:
+    """Settings of eval `knowledge`: the bundled questions, but for those that settings were chosen by."""
+    rows = [row for _, row in read_rows(bundled("fictional_facts")) if not row["dev"]]
+    file = atomic_write(folder / "questions.jsonl", (json.dumps(row).encode() + b"\n" for row in rows))
+    return {"data": str(file), **OPTIONS}
 
 
 def in_processes(file: str, argv: Sequence[str], count: int) -> None:

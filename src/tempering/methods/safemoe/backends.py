@@ -36,6 +36,8 @@ MAX_RUNS = 100
 """Of one size in one pass: more say no more of it."""
 PASSES = 5
 """Over all sizes: a machine's speed changes from second to second, and with it which back-end is ahead."""
+CLOSE = 1.2
+"""Second over first, up to which both are measured further."""
 
 
 class Dispatch:
@@ -210,8 +212,20 @@ def least_regret(passes: Sequence[dict[Backend, float]]) -> Backend:
     >>> least_regret([{"fused": 1.0, "eager": 1.05}, {"fused": 1.3, "eager": 1.0}, {"fused": 1.0, "eager": 1.05}])
     'eager'
     """
+    found = regrets(passes)
+    return min(found, key=lambda name: found[name])
+
+
+def regrets(passes: Sequence[dict[Backend, float]]) -> dict[Backend, float]:
+    """Back-end -> its seconds over the best's, mean over the passes; those measured in every pass."""
     everywhere = [name for name in passes[-1] if all(name in times for times in passes)]
-    return min(everywhere, key=lambda name: fmean(times[name] / min(times.values()) for times in passes))
+    return {name: fmean(times[name] / min(times.values()) for times in passes) for name in everywhere}
+
+
+def is_close(passes: Sequence[dict[Backend, float]]) -> bool:
+    """Whether more passes could change the choice: the second is within `CLOSE` of the first."""
+    first, *others = sorted(regrets(passes).values())
+    return bool(others) and others[0] <= CLOSE * first
 
 
 def time_all(
@@ -220,7 +234,8 @@ def time_all(
     """Median seconds of each back-end for each shape and number of tokens, by pass.
 
     A few runs at the largest sizes, hundreds of a few tokens, where one takes microseconds and varies by half. After
-    the first of `PASSES` a back-end that takes more than twice as long as the best of its size is left alone.
+    the first of `PASSES` a back-end that takes more than twice as long as the best of its size is left alone. Where
+    two are close after them, up to twice as many more.
     """
     layers: dict[str, list[ExpertWeights]] = {}
     for w in weights:
@@ -228,10 +243,12 @@ def time_all(
     weight = {n: 1 if n <= GATHER_TOKENS else 3 for n in sizes}  # of time: long runs need more of it
     share = seconds / PASSES / len(layers) / sum(weight.values())
     found: dict[tuple[str, int], list[dict[Backend, float]]] = {}
-    for _ in range(PASSES):
+    for number in range(3 * PASSES):
         for key, alike in layers.items():
             for n in sizes:
                 passes = found.setdefault((key, n), [])
+                if number >= PASSES and not is_close(passes):
+                    continue
                 names = usable(alike[0], k, n)
                 if passes:
                     best = min(passes[-1].values())
