@@ -200,7 +200,7 @@ def against_xlora(options: argparse.Namespace, K: int, folder: Path) -> dict[str
         recorder.rows()
         routing.state.recorder = None
 
-    times = interleaved({"plain": ours, "traced": traced}, max(options.rounds, 5), device)
+    times = interleaved({"plain": ours, "traced": traced}, max(options.rounds, 11), device)
     found["trace"] = ratio(times["traced"], times["plain"])
 
     if not options.alone:
