@@ -1,6 +1,7 @@
 """Do probe directions carry anything? Probes, random and shuffled-label directions at equal KL, on two start models.
 
-    python benchmarks/unlearn_toxicity.py --data prompts.jsonl     # smollm2, two cores; time not measured yet
+    export TEMPER_ALLOW_UNSAFE_EXPERTS=1                           # the ruder copy is labelled unsafe
+    python benchmarks/unlearn_toxicity.py --data prompts.jsonl     # smollm2; about an hour on one core
     python benchmarks/unlearn_toxicity.py --plan                   # only what it would do
     python benchmarks/unlearn_toxicity.py --prompts 8 --samples 2 --steps 4    # does it run at all?
 
@@ -35,6 +36,7 @@ import numpy as np
 
 import tempering
 from tempering.core.progress import say
+from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
 from tempering.core.run import Run
 from tempering.core.stats import paired_bootstrap
 from tempering.data.files import bundled, read_rows
@@ -294,7 +296,8 @@ def _number(value: float | None) -> str:
 
 if __name__ == "__main__":
     try:
-        raise SystemExit(main())
-    except (ValueError, OSError) as error:
+        with allow_unsafe_experts(reason="the ruder start model of this benchmark"):
+            raise SystemExit(main())
+    except (ValueError, OSError, UnsafeExpertAccess) as error:
         say(f"[red]{error}[/]")
         sys.exit(2)
