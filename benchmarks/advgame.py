@@ -33,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from process_memory import resident_mb
 from unlearning_runs import toy, trained
 
 import tempering
@@ -573,21 +574,6 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
     if torch.cuda.is_available():
         return {"peak_mb": torch.cuda.max_memory_allocated() / 2**20, "imports_mb": before}
     return {"peak_mb": resident_mb() - before, "imports_mb": before}
-
-
-def resident_mb(what: str = "VmHWM") -> float:
-    """The most memory that this process has held (`VmRSS`: that it holds now), in MB.
-
-    Not from `getrusage` where the kernel tells more: a new process inherits its parent's peak there.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        told = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
-        return int(told[what].split()[0]) / 2**10
-    import resource
-
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
 # --- what comes of it -------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
+from process_memory import resident_mb
 from safetensors.torch import save_file
 
 from tempering.core.chat import Encoded, collate
@@ -280,7 +280,7 @@ def measure_memory(options: argparse.Namespace) -> None:
     if options.device == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(int(resident_mb() * 2**20))
 
 
 def memory(options: argparse.Namespace, K: int) -> dict[str, float]:

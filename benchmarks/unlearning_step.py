@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from process_memory import resident_mb
 
 from tempering.core.activations import block_count
 from tempering.core.edit_optimiser import EditOptimiser
@@ -135,7 +135,7 @@ def main() -> None:
         step = SIDES[args.only](args)
         for t in range(2):
             step(t)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resident_mb())
         return
     steps = {name: make(args) for name, make in SIDES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
