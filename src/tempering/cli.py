@@ -65,10 +65,19 @@ def _list_check_keys(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _list_chat_keys(wanted: bool) -> None:
+    if wanted:
+        from tempering.chatting import ChatConfig
+
+        _print_keys(ChatConfig)
+        raise typer.Exit
+
+
 KEYS_HELP = "List every setting with default and meaning."
 EvalKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_eval_keys, help=KEYS_HELP)]
 RedteamKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_redteam_keys, help=KEYS_HELP)]
 CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_check_keys, help=KEYS_HELP)]
+ChatKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_chat_keys, help=KEYS_HELP)]
 
 
 DRY_RUN_KEY = "dry_run=true"
@@ -353,14 +362,22 @@ def export(
 def chat(
     target: Annotated[str, typer.Argument(help="A model reference, a run folder, or openai:MODEL@URL.")],
     items: Overrides = None,
+    keys: ChatKeys = False,
     debug: Debug = False,
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
 
-    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT cot=false sampler=attribution
-    attribution.KEY=VALUE.
+    Settings: against=TARGET (answers beside the first) show=[scores,routing,reasoning] max_new_tokens=256
+    temperature=0 top_p=1 seed=0 system=TEXT sampler=attribution attribution.KEY=VALUE; --keys lists all.
 
-    Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
+    Examples:
+    temper chat runs/demo max_new_tokens=128 temperature=0.7
+
+    temper chat smollm2 against=runs/demo
+
+    temper chat runs/mine sampler=attribution attribution.n=4 show=scores
+
+    temper chat runs/safemoe show=routing < questions.txt
     """
     from tempering.chatting import ChatConfig, run_chat
 
