@@ -331,9 +331,12 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write one PEFT adapter on the public base, merged weights, sealed experts, or a run's evals as logs of Inspect.
+    """Write one PEFT adapter on the public base, merged weights, GGUF, sealed experts, or evals as logs of Inspect.
 
-    Settings: out=DIR format=adapter|merged|bundle|inspect rank=N (adapter: compress by SVD; the error is printed).
+    For adapter and merged weights the exact command of vLLM is printed, and stands in the README beside them.
+
+    Settings: out=DIR format=adapter|merged|gguf|bundle|inspect rank=N (adapter: compress by SVD; the error is
+    printed) converter=FILE (llama.cpp's convert_hf_to_gguf.py) gguf_type=f32|f16|bf16|q8_0.
     A safemoe run gives a bundle, where what was measured meets the release gate (exit code 3 where not): baseline=DIR
     (evals of the base) force_reason=TEXT bundle.signing_key_env=NAME bundle.secret_env=NAME.
 
@@ -343,6 +346,8 @@ def export(
     temper export runs/mine out=exports/merged format=merged
 
     temper export runs/mine out=exports/small rank=16
+
+    temper export runs/mine out=exports/gguf format=gguf converter=llama.cpp/convert_hf_to_gguf.py
 
     temper export runs/safemoe out=exports/safemoe baseline=runs/base
 
