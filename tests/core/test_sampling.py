@@ -4,7 +4,7 @@ import torch
 from tempering.core import progress
 from tempering.core.activations import capture
 from tempering.core.records import Prompt, as_messages
-from tempering.core.sampling import KeyedSampling, LocalSampler, ScriptedSampler
+from tempering.core.sampling import Interrupted, KeyedSampling, LocalSampler, ScriptedSampler
 
 
 def prompts(count=8):
@@ -169,6 +169,17 @@ def test_a_prompt_beyond_the_context_is_refused_by_id(sampler):
     long = Prompt(as_messages("stone " * 600), id="long")
     with pytest.raises(ValueError, match=r"prompt long has \d+ tokens; with max_new_tokens=8 that exceeds .* 512"):
         sampler(1)([long], max_new_tokens=8)
+
+
+def test_a_call_can_be_interrupted_before_any_token(sampler):
+    """And the sampler answers as before afterwards."""
+    s, asked = sampler(4), prompts(3)
+    whole, steps = s(asked, max_new_tokens=6), []
+    s.interrupt = lambda: steps.append(1) or len(steps) > 2
+    with pytest.raises(Interrupted, match="token 3 of at most 6"):
+        s(asked, max_new_tokens=6)
+    s.interrupt = None
+    assert s(asked, max_new_tokens=6) == whole
 
 
 def test_on_done_counts_each_prompt_once(sampler):

@@ -168,6 +168,13 @@ def entropies(
     return torch.cat([checkpoint(_entropy, head, cap, h, use_reentrant=False) for h in hidden.split(chunk)])
 
 
+def most_likely(logits: Float[Tensor, " V"], token: int, k: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log-probability of a token, in nats, and the k most likely tokens with theirs, best first."""
+    log_p = logits.float().log_softmax(-1)
+    best, ids = log_p.topk(min(k, len(log_p)))
+    return float(log_p[token]), list(zip(ids.tolist(), best.tolist(), strict=True))
+
+
 def kl_from_base(
     model: nn.Module, hidden: Float[Tensor, "P D"], base_hidden: Float[Tensor, "P D"], chunk: int = 64
 ) -> Float[Tensor, " P"]:

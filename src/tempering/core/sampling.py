@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +33,10 @@ Job = tuple[int, int]
 """(place of the prompt, index of the sample)"""
 Key = tuple[int, str, int]
 """(seed, id of the prompt, index of the sample): what a sample depends on."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818  (what was asked for, not a fault)
+    """Sampling ended because `LocalSampler.interrupt` said so; nothing came of it."""
 
 
 class Ended(NamedTuple):
@@ -149,6 +153,8 @@ class LocalSampler:
         self.policy, self.batch_rows, self.batch_tokens = policy, batch_rows, batch_tokens
         self.fmt, self.thinks = fmt, thinks
         self.name = name or policy.source.reference
+        self.interrupt: Callable[[], bool] | None = None
+        """Asked before every token; where it says yes, the call ends with `Interrupted`."""
         self._keeping: tuple[tuple[int, ...], int, dict[Key, Ended]] | None = None
 
     def __call__(
@@ -166,6 +172,7 @@ class LocalSampler:
         """Return n completions for each prompt, samples `first` to first + n - 1; see `Sampler`.
 
         Raises:
+            Interrupted: `interrupt` said so.
             ValueError: a prompt that the chat template refuses, or longer than the model's context, by its id.
             UnsafeExpertAccess: the policy is unsafe, and the override with which it was loaded has ended.
         """
@@ -180,7 +187,7 @@ class LocalSampler:
             keys = [(seed, prompts[p].id, i) for p, i in batch]
             rows, ends = self._generate([ids[p] for p, _ in batch], keys, max_new_tokens, temperature, top_p)
             for row, ((p, i), tokens) in enumerate(zip(batch, rows, strict=True)):
-                out[p].append(self._completion(prompts[p], i, tokens, seed))
+                out[p].append(self.completion_of(prompts[p], i, tokens, seed))
                 left[p] -= 1
                 if self._keeping and ends is not None and ends.has[row]:
                     _, end_id, kept = self._keeping
@@ -216,7 +223,7 @@ class LocalSampler:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
         """Return (summed log-probability in nats, tokens) of each given completion, end of turn not counted."""
-        policy, limit = self.policy, _context(self.policy)
+        policy, limit = self.policy, context_of(self.policy)
         groups: list[list[Encoded]] = []
         owners: list[int] = []
         for p, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
@@ -240,14 +247,14 @@ class LocalSampler:
 
     def tokens_over(self, prompt: Prompt, max_new_tokens: int) -> int:
         """By how many tokens prompt and answer would pass the model's context; 0 where they fit."""
-        return max(0, len(self.prompt_ids(prompt)) + max_new_tokens - _context(self.policy))
+        return max(0, len(self.prompt_ids(prompt)) + max_new_tokens - context_of(self.policy))
 
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         try:
             ids = self.prompt_ids(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id}: {error}") from error
-        limit = _context(self.policy)
+        limit = context_of(self.policy)
         if len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {prompt.id} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
@@ -280,7 +287,7 @@ class LocalSampler:
             return_dict_in_generate=bool(self._keeping),
         )
         ids, mask, ends = ids.to(policy.device), mask.to(policy.device), None
-        pick = LogitsProcessorList([_Told(len(rows), width, max_new_tokens)])
+        pick = LogitsProcessorList([_Told(len(rows), width, max_new_tokens, self.interrupt)])
         if temperature:
             pick.append(KeyedSampling(keys, width, max_new_tokens, temperature, top_p))
         layers, end_id, _ = self._keeping or ((), 0, None)
@@ -301,10 +308,15 @@ class LocalSampler:
             if ends is None:
                 return out[:, width:].tolist(), None
             new = out.sequences[:, width:]
-            ends.finish(policy.model, out.past_key_values, new, mask, end_id, _context(policy))
+            ends.finish(policy.model, out.past_key_values, new, mask, end_id, context_of(policy))
             return new.tolist(), ends
 
-    def _completion(self, prompt: Prompt, index: int, tokens: list[int], seed: int) -> Completion:
+    def computing(self) -> AbstractContextManager[None]:
+        """What the model has to be inside of for the states that answers come from; see `changes_states`."""
+        return nullcontext()
+
+    def completion_of(self, prompt: Prompt, index: int, tokens: Sequence[int], seed: int) -> Completion:
+        """The answer that these new tokens are, up to the first that ends one."""
         ends = set(self.policy.end_ids)
         stop = next((i for i, token in enumerate(tokens) if token in ends), None)
         kept = tokens if stop is None else tokens[:stop]
@@ -385,37 +397,48 @@ class KeyedSampling(LogitsProcessor):
 
     def __init__(self, keys: Sequence[Key], width: int, steps: int, temperature: float, top_p: float) -> None:
         self.width, self.temperature, self.top_p = width, temperature, top_p
-        self.uniform = np.stack([_stream(*key).random(steps) for key in keys])  # (B, steps)
+        self.uniform = np.stack([uniforms(key, steps) for key in keys])  # (B, steps)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits that are finite at the sampled token only. (B, T), (B, V) -> (B, V)."""
         u = torch.from_numpy(self.uniform[:, input_ids.shape[1] - self.width]).to(scores.device)
-        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(
-            dim=-1, descending=True, stable=True
-        )
-        mass = probs.cumsum(-1)
-        # Nucleus: keep the smallest set whose mass reaches top_p; the first token always stays.
-        kept = probs.masked_fill(mass - probs >= self.top_p, 0.0).cumsum(-1)
-        place = torch.searchsorted(kept, (u * kept[:, -1])[:, None], right=True).clamp(max=scores.shape[1] - 1)
-        token = order.gather(1, place)
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+        token = inverse_transform(scores, u, self.temperature, self.top_p)
+        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
+
+
+def inverse_transform(scores: Tensor, u: Tensor, temperature: float | Tensor, top_p: float | Tensor) -> Tensor:
+    """Pick a token a row by inverse transform of u in [0, 1), the most likely tokens first. (B, V), (B,) -> (B,).
+
+    `temperature` and `top_p` may differ by row, (B, 1): what is picked in a row does not depend on the others.
+    """
+    probs, order = torch.softmax(scores.double() / temperature, -1).sort(dim=-1, descending=True, stable=True)
+    mass = probs.cumsum(-1)
+    # Nucleus: keep the smallest set whose mass reaches top_p; the first token always stays.
+    kept = probs.masked_fill(mass - probs >= top_p, 0.0).cumsum(-1)
+    place = torch.searchsorted(kept, (u * kept[:, -1])[:, None], right=True).clamp(max=scores.shape[1] - 1)
+    return order.gather(1, place)[:, 0]
 
 
 class _Told(LogitsProcessor):
-    """Tell whoever shows progress at which token a batch is, and change nothing."""
+    """Tell whoever shows progress at which token a batch is, ask whether to go on, and change nothing."""
 
-    def __init__(self, rows: int, width: int, steps: int) -> None:
-        self.rows, self.width, self.steps = rows, width, steps
+    def __init__(self, rows: int, width: int, steps: int, interrupt: Callable[[], bool] | None) -> None:
+        self.rows, self.width, self.steps, self.interrupt = rows, width, steps, interrupt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.interrupt is not None and self.interrupt():
+            raise Interrupted(f"interrupted at token {input_ids.shape[1] - self.width + 1} of at most {self.steps}")
         note(f"token {input_ids.shape[1] - self.width + 1} of at most {self.steps}, {self.rows} at a time")
         return scores
 
 
-def _stream(seed: int, prompt_id: str, index: int) -> np.random.Generator:
-    key = hashlib.sha256(f"{seed}:{prompt_id}:{index}".encode("utf-8", "surrogatepass")).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
+def uniforms(key: Key, steps: int) -> np.ndarray:
+    """The uniform numbers of a sample, one a token; fewer steps are the first of more."""
+    seed, prompt_id, index = key
+    digest = hashlib.sha256(f"{seed}:{prompt_id}:{index}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big"))).random(steps)
 
 
-def _context(policy: Policy) -> int:
+def context_of(policy: Policy) -> int:
+    """The longest sequence that the model reads, in tokens."""
     return int(getattr(policy.base.config, "max_position_embeddings", None) or 1 << 20)

@@ -59,17 +59,18 @@ class SubtractingSampler(LocalSampler):
         )  # fmt: skip
         self.probes, self.strength, self.probe_corpora = dict(probes), strength, list(corpora)
 
-    def _without(self) -> AbstractContextManager[None]:
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside it the model computes with the probes subtracted."""
         return subtracted(self.policy.model, self.probes, self.strength)
 
     def __call__(self, *args: Any, **settings: Any) -> list[list[Completion]]:
         """Return n completions for each prompt; see `LocalSampler`."""
-        with self._without():
+        with self.computing():
             return super().__call__(*args, **settings)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
         """Return (summed log-probability in nats, tokens) of each given completion."""
-        with self._without():
+        with self.computing():
             return super().score(prompts, completions)
 
 
