@@ -9,8 +9,8 @@ import torch
 from tempering import chatting
 from tempering.chatting import ChatConfig, Side, harmless, routing_table, run_chat, scores_table
 from tempering.cli import run
-from tempering.core.records import Completion, Thought
-from tempering.core.sampling import ScriptedSampler
+from tempering.core.records import Completion, Prompt, Thought
+from tempering.core.sampling import LocalSampler, ScriptedSampler, ThinkSampler
 from tempering.methods.attribution import AttributionSampler, SelectionConfig
 from tempering.methods.safemoe.tracing import Traced
 
@@ -61,7 +61,7 @@ def test_on_a_terminal_two_answers_stand_in_columns(chat, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setenv("COLUMNS", "60")
     chat("hello\n", {"one": ScriptedSampler(["left"], "A"), "two": ScriptedSampler(["right"], "B")}, against="two")
-    (line,) = [line for line in out.getvalue().splitlines() if "left" in line]
+    line = [line for line in out.getvalue().splitlines() if "left" in line][-1]
     assert line.index("left") < line.index("right")
 
 
@@ -149,3 +149,56 @@ def test_the_command_answers_and_tells_its_settings(tiny_model_dir, monkeypatch,
     assert "sampler=attribution" in capsys.readouterr().err
     assert run(["chat", "--keys"]) == 0
     assert "against = " in capsys.readouterr().out
+
+
+class Slow(io.StringIO):
+    """A terminal or file that keeps each piece that is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def write(self, text):
+        self.pieces.append(text)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 4}])
+def test_a_streamed_answer_is_what_the_sampler_answers(chat, tiny_policy, monkeypatch, settings):
+    sampler = LocalSampler(tiny_policy(scale=3.0))
+    prompt = Prompt(({"role": "user", "content": "hello"},))
+    ask = {"temperature": settings.get("temperature", 0.0), "seed": settings.get("seed", 0)}
+    [[whole]] = sampler([prompt], max_new_tokens=12, **ask)
+    monkeypatch.setattr(sys, "stdout", out := Slow())
+    chat("hello\n", {"one": sampler}, max_new_tokens=12, **settings)
+    assert out.getvalue() == whole.text + "\n"
+    assert sum(bool(piece.strip()) for piece in out.pieces) > 1
+
+
+def test_reasoning_and_answer_of_a_local_thinker_are_told_apart_while_they_come(
+    chat, tiny_policy, monkeypatch, capsys
+):
+    """The model is made to write a reply: each step takes its next token, whatever the logits."""
+    policy = tiny_policy()
+    ids = policy.tokenizer("it is hot\n</think>\n\nUse a mitt.", add_special_tokens=False)["input_ids"]
+    forward = policy.base.forward
+
+    def told(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits[:] = 0.0
+        out.logits[:, -1, [*ids, policy.end_id][told.step]] = 9.0
+        told.step += 1
+        return out
+
+    told.step = 0
+    monkeypatch.setattr(policy.base, "forward", told)
+    sampler = ThinkSampler(LocalSampler(policy, thinks=True), 60)
+    monkeypatch.setattr(sys, "stdout", out := Slow())
+    chat("how?\n", {"one": sampler}, max_new_tokens=20, show="reasoning")
+    assert out.getvalue() == "Use a mitt.\n" and sum(bool(piece.strip()) for piece in out.pieces) > 2
+    assert "it is hot" in capsys.readouterr().err
+
+
+def test_a_conversation_beyond_the_context_is_said(chat, tiny_policy):
+    with pytest.raises(ValueError, match="tokens too long for the context"):
+        chat("stone river " * 100 + "\n", {"one": LocalSampler(tiny_policy())}, max_new_tokens=400)

@@ -1,7 +1,8 @@
 """`temper chat`: talk to a target in the terminal, to two side by side, or pipe questions in.
 
-Answers go to stdout, what is shown beside them to stderr. On a terminal the control characters of an answer are
-replaced: a model's text is not trusted, and some sequences make a terminal do things.
+Answers go to stdout, as they come where the target is drawn from in this process, and what is shown beside them to
+stderr. What is printed piece by piece is, put together, what the sampler answers. On a terminal the control
+characters of an answer are replaced: a model's text is not trusted, and some sequences make a terminal do things.
 """
 
 from __future__ import annotations
@@ -9,22 +10,29 @@ from __future__ import annotations
 import io
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from tempering.api import load
 from tempering.core.config import Config
+from tempering.core.decoding import Decoding, Row
 from tempering.core.progress import console, progress, say
 from tempering.core.records import Completion, Prompt
+from tempering.core.sampling import LocalSampler, ThinkSampler
+from tempering.core.think import CLOSE
 
 Shown = Literal["scores", "routing", "reasoning"]
+Write = Callable[[Completion], None]
+UNFINISHED = "\ufffd"
+"""What a decoder writes for bytes that are no character, or not yet."""
 EXCERPT = 60
 """Characters of a candidate that its row of scores has."""
 DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -93,20 +101,109 @@ class Side:
         }
         return {what for what, is_there in found.items() if is_there}
 
-    def ask(self, question: Mapping[str, str], config: ChatConfig) -> Completion:
+    @property
+    def local(self) -> LocalSampler | None:
+        """The sampler whose tokens can be printed as they are drawn; `None` where answers come in whole."""
+        outer, inner = self.sampler, getattr(self.sampler, "inner", self.sampler)
+        local = outer if isinstance(outer, LocalSampler) else inner if isinstance(outer, ThinkSampler) else None
+        return local if local is not None and Decoding.fits(local) else None
+
+    def ask(self, question: Mapping[str, str], config: ChatConfig, write: Write | None = None) -> Completion:
         """Answer, with the conversation so far, which is left as it was.
+
+        `write` is told the answer so far after each token, where this target is drawn from token by token.
 
         Raises:
             RuntimeError: the target did not answer.
+            ValueError: the prompt is longer than the model's context.
         """
         self.candidates.clear()
+        prompt = Prompt((*self.turns, dict(question)))
+        if write is not None and self.local is not None:
+            return self._stream(self.local, prompt, config, write)
         [[answer]] = self.sampler(
-            [Prompt((*self.turns, dict(question)))], max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+            [prompt], max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+            seed=config.seed,
         )  # fmt: skip
         if answer.finish == "error":
             raise RuntimeError(f"{self.sampler.name}: {answer.error}")
         return answer
+
+    def _stream(self, local: LocalSampler, prompt: Prompt, config: ChatConfig, write: Write) -> Completion:
+        thinker = self.thinker
+        most = config.max_new_tokens + (thinker.think_tokens if thinker is not None else 0)
+        if over := local.tokens_over(prompt, most):
+            raise ValueError(
+                f"the conversation is {over} tokens too long for the context of {self.sampler.name}; lower "
+                "max_new_tokens, or start again"
+            )
+        decoding = Decoding(local)
+        row = Row(
+            ids=local.prompt_ids(prompt), key=(config.seed, prompt.id, 0), max_new_tokens=most,
+            temperature=config.temperature, top_p=config.top_p,
+        )  # fmt: skip
+        decoding.add([row])
+        while True:
+            answer = local.completion_of(prompt, 0, row.tokens, config.seed)
+            if thinker is not None:
+                answer = thinker.split(prompt, answer, config.max_new_tokens)
+            if row.is_done:
+                return answer
+            thought = answer.thought
+            write(
+                answer if thought is None else replace(answer, thought=replace(thought, text=_settled(thought.text)))
+            )
+            decoding.step()
+
+
+class Typing:
+    """Print an answer as it comes: its reasoning, where that is wanted, on stderr, then its text on stdout."""
+
+    def __init__(self, with_reasoning: bool) -> None:
+        self.with_reasoning = with_reasoning
+        self.thought = self.text = ""
+
+    def __call__(self, so_far: Completion) -> None:
+        """Print what is new in an answer that may go on."""
+        if self.with_reasoning and so_far.thought is not None:
+            if more := _more(self.thought, so_far.thought.text):
+                console.print(Text(harmless(more), style="dim"), end="", soft_wrap=True)
+            self.thought += more
+        more = _more(self.text, so_far.text)
+        if more and not self.text and self.thought:
+            console.print()
+        self.text += more
+        print(_for_stdout(more), end="", flush=True)
+
+    def finish(self, answer: Completion) -> None:
+        """Print the rest; all of it, where the whole answer begins otherwise than its first tokens did."""
+        self(answer)
+        if self.thought and not self.text:
+            console.print()
+        if answer.text != self.text:
+            rest = answer.text[len(self.text) :] if answer.text.startswith(self.text) else f"\n{answer.text}"
+            print(_for_stdout(rest), end="")
+        print(flush=True)
+
+
+def _more(before: str, now: str) -> str:
+    r"""What was added to a text, but for the last characters where their bytes may not be there yet.
+
+    >>> _more("to be", "to be or\ufffd"), _more("to", "not")
+    (' or', '')
+    """
+    kept = now.rstrip(UNFINISHED)
+    return kept[len(before) :] if kept.startswith(before) else ""
+
+
+def _settled(reasoning: str) -> str:
+    r"""Reasoning without what may be the start of its closing tag.
+
+    >>> _settled("it is hot\n</thi"), _settled("2 < 3")
+    ('it is hot', '2 < 3')
+    """
+    begun = max((k for k in range(1, len(CLOSE)) if reasoning.endswith(CLOSE[:k])), default=0)
+    return reasoning[: len(reasoning) - begun].rstrip()
 
 
 def run_chat(target: str, config: ChatConfig) -> None:
@@ -170,34 +267,60 @@ def open_sides(target: str, config: ChatConfig) -> list[Side]:
 
 def exchange(sides: Sequence[Side], question: dict[str, str], config: ChatConfig) -> None:
     """Ask all, print the answers, and only then add question and answers to the conversations."""
-    answers = []
-    with progress("answering", len(sides), is_passing=True) as advance:
-        for side in sides:
-            answers.append(side.ask(question, config))
-            advance()
+    answers = converse(sides[0], question, config) if len(sides) == 1 else compare(sides, question, config)
     for side, answer in zip(sides, answers, strict=True):
         if len(sides) > 1 and config.show and side.shows & {*config.show}:
             say(f"[bold]{escape(side.sampler.name)}[/]")
-        show(side, answer, config.show)
-    if len(sides) == 1:
-        print(_for_stdout(answers[0].text), flush=True)
-    else:
-        print_beside([(side.sampler.name, answer.text) for side, answer in zip(sides, answers, strict=True)])
+        show(side, answer, [what for what in config.show if what != "reasoning" or len(sides) > 1])
     for side, answer in zip(sides, answers, strict=True):
         side.turns += [question, {"role": "assistant", "content": answer.text}]
 
 
-def print_beside(answers: Sequence[tuple[str, str]]) -> None:
-    """Print answers in columns on a terminal; else one below the other, each under the name of its target."""
+def converse(side: Side, question: dict[str, str], config: ChatConfig) -> list[Completion]:
+    """Ask one target and print its answer, as it comes where it does."""
+    typing = Typing("reasoning" in config.show)
+    if side.local is not None:
+        answer = side.ask(question, config, typing)
+    else:
+        with progress("answering", 1, is_passing=True):
+            answer = side.ask(question, config)
+    typing.finish(answer)
+    return [answer]
+
+
+def compare(sides: Sequence[Side], question: dict[str, str], config: ChatConfig) -> list[Completion]:
+    """Ask all, one after the other; print in columns on a terminal, else one below the other under their names."""
+    names = [side.sampler.name for side in sides]
+    answers: list[Completion] = []
     if not sys.stdout.isatty():
-        for name, text in answers:
-            print(f"== {name}\n{text}", flush=True)
-        return
+        with progress("answering", len(sides), is_passing=True) as advance:
+            for side in sides:
+                answers.append(side.ask(question, config))
+                advance()
+        for name, answer in zip(names, answers, strict=True):
+            print(f"== {name}\n{answer.text}", flush=True)
+        return answers
+    texts = [""] * len(sides)
+    with Live(columns(names, texts), console=Console(highlight=False), vertical_overflow="visible") as live:
+        for i, side in enumerate(sides):
+
+            def write(so_far: Completion, i: int = i) -> None:
+                texts[i] += _more(texts[i], so_far.text)
+                live.update(columns(names, texts))
+
+            answers.append(side.ask(question, config, write))
+            texts[i] = answers[i].text
+            live.update(columns(names, texts))
+    return answers
+
+
+def columns(names: Sequence[str], texts: Sequence[str]) -> Table:
+    """Return a table of answers side by side, under the names of their targets."""
     table = Table(expand=True)
-    for name, _ in answers:
+    for name in names:
         table.add_column(Text(harmless(name)), ratio=1, overflow="fold")
-    table.add_row(*(Text(harmless(text)) for _, text in answers))
-    Console(highlight=False).print(table)
+    table.add_row(*(Text(harmless(text)) for text in texts))
+    return table
 
 
 # --- what is shown beside an answer ---------------------------------------------------------------------
