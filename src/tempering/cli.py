@@ -73,11 +73,20 @@ def _list_chat_keys(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _list_serve_keys(wanted: bool) -> None:
+    if wanted:
+        from tempering.serving.settings import ServeConfig
+
+        _print_keys(ServeConfig)
+        raise typer.Exit
+
+
 KEYS_HELP = "List every setting with default and meaning."
 EvalKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_eval_keys, help=KEYS_HELP)]
 RedteamKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_redteam_keys, help=KEYS_HELP)]
 CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_check_keys, help=KEYS_HELP)]
 ChatKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_chat_keys, help=KEYS_HELP)]
+ServeKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_serve_keys, help=KEYS_HELP)]
 
 
 DRY_RUN_KEY = "dry_run=true"
@@ -387,6 +396,36 @@ def chat(
     from tempering.chatting import ChatConfig, run_chat
 
     run_chat(target, _config(ChatConfig, None, items))
+
+
+def serve(
+    target: Annotated[str, typer.Argument(help="A model reference, a run folder, or openai:MODEL@URL.")],
+    items: Overrides = None,
+    config: Recipe = None,
+    keys: ServeKeys = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a target under OpenAI's protocol: chat completions, completions, models, health, metrics (docs/serve.md).
+
+    Needs the extra `serve`: pip install 'tempering[serve]'. Ctrl-C or SIGTERM ends it: what runs may finish.
+
+    Settings: host=127.0.0.1 port=8000 name=NAME token_env=TEMPER_SERVE_TOKEN token_file=FILE sampler=attribution
+    attribution.KEY=VALUE dtype=float32 max_tokens=2048 max_queue=256 timeout_s=300 grace_s=30 unsafe_reason=TEXT;
+    --keys lists all. A token is read from the environment or a file, and is needed for any host but this machine.
+
+    Examples:
+    temper serve smollm2
+
+    temper serve runs/mine port=8080 name=mine
+
+    temper serve runs/card attribution.n=8
+
+    TEMPER_SERVE_TOKEN=$(openssl rand -hex 32) temper serve runs/mine host=0.0.0.0
+    """
+    from tempering.serving.running import serve as serve_
+    from tempering.serving.settings import ServeConfig
+
+    serve_(target, _config(ServeConfig, None if config is None else Path(config), items))
 
 
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
@@ -767,6 +806,7 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "export": export,
     "chat": chat,
+    "serve": serve,
     "doctor": doctor,
 }
 for _name, _command in COMMANDS.items():

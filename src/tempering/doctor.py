@@ -81,6 +81,7 @@ def _extras() -> list[Finding]:
             ("profanity_check", "alt-profanity-check (a scorer of toxicity, offline)", "toxicity"),
             ("lm_eval", "lm-eval (its tasks as the eval lm_eval)", "lm-eval"),
             ("inspect_ai", "inspect_ai (evals as its logs)", "inspect"),
+            ("fastapi", "fastapi (temper serve)", "serve"),
         )
     ]
 

@@ -1,0 +1,80 @@
+"""A tiny random model behind a real server on the loopback interface, in a thread of the test process."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+import httpx
+import uvicorn
+
+from tempering.core.policy import Policy
+from tempering.core.sampling import LocalSampler
+from tempering.serving.running import assemble, listening
+from tempering.serving.settings import ServeConfig
+from tempering.serving.target import describe
+
+
+class Served:
+    """A running server: where it is, and its parts."""
+
+    def __init__(self, port, guard, engine, client):
+        self.port, self.guard, self.engine, self.client = port, guard, engine, client
+
+    def chat(self, text="how do I stone?", **body):
+        return self.client.post("/v1/chat/completions", json=asked(text, **body))
+
+    def metric(self, name, **labels):
+        return self.engine.metrics.registry.get_sample_value(f"tempering_{name}", labels) or 0.0
+
+
+def asked(text, **body):
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0, **body}
+
+
+@contextmanager
+def _serving(sampler, token=None, name="tiny", **settings):
+    config = ServeConfig(name=name, **settings)
+    listener = listening("127.0.0.1", 0)
+    guard, engine = assemble(describe(name, sampler, config), config, token)
+    server = uvicorn.Server(
+        uvicorn.Config(guard, http="h11", ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    engine.start()
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    port = listener.getsockname()[1]
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False
+        ) as client:
+            yield Served(port, guard, engine, client)
+    finally:
+        server.should_exit = True
+        thread.join()
+        assert engine.close()
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """A function: sampler (and settings) -> a context with a running server."""
+    return _serving
+
+
+@pytest.fixture(scope="session")
+def tiny_sampler(tiny_model_dir):
+    policy = Policy.load(str(tiny_model_dir("llama", scale=3.0)), dtype="float32", device="cpu")
+    policy.base.generation_config.eos_token_id = [2, *range(5, 9)]
+    return LocalSampler(policy)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_sampler):
+    with _serving(tiny_sampler, max_body_bytes=100_000, max_tokens=64, default_max_tokens=12) as served:
+        yield served
