@@ -26,7 +26,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 GATED = (
     "vLLM cannot host it: it has LoRA adapters a request, but no gate that mixes experts a token, and opens no "
-    "sealed ones"
+    "sealed ones; temper serve does"
 )
 """Why there is no command for a bundle of safemoe."""
 
