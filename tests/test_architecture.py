@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "evals": {"core", "data", "judges", "attacks", "evals"},
     "methods": {"core", "data", "judges", "methods"},
     "reporting": {"core", "reporting"},
+    "plugins": {"core", "data", "judges", "attacks", "evals", "plugins"},
     "serving": {"core", "attacks", "methods", "serving", "api"},
 }
 LEAVES = {"records", "preference", "policy_gradient", "stats"}

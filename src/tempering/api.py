@@ -134,7 +134,8 @@ def load(
     `attribution` (`SelectionConfig`). `sampler="policy"` puts policies before each request, with the settings
     `policy` (`InContextConfig`); `sampler="probe_subtract"` subtracts probes from states, with the settings
     `probe_subtract` (`SubtractConfig`). `trace`: a run of safemoe keeps every decision of its gate. `endpoint`:
-    settings of an endpoint, such as `concurrency` or `cache`; `connect` makes the sampler of a guard behind one.
+    settings of an endpoint that answers, or draws candidates (`attribution={"generator": "openai:MODEL@URL"}`), such
+    as `concurrency` or `cache`; `connect` makes the sampler of a guard behind one.
 
     Raises:
         ValueError, FileNotFoundError: wrong input; settings of a sampler that was not asked for.
@@ -289,10 +290,11 @@ def _connect(target: str, config: EvalConfig) -> Sampler:
     if target.startswith("openai:") and config.sampler != "attribution":
         asked = config.ask_target(target)
         return asked if config.sampler is None else _around(asked, config)
+    asks_endpoint = target.startswith("openai:") or str(config.attribution.get("generator")).startswith("openai:")
     return load(
         target, dtype=config.dtype, sampler=config.sampler, attribution=config.attribution, policy=config.policy,
         probe_subtract=config.probe_subtract, connect=config.ask_judge,
-        **({"cache": config.cache, **config.endpoint.model_dump()} if target.startswith("openai:") else {}),
+        **({"cache": config.cache, **config.endpoint.model_dump()} if asks_endpoint else {}),
         trace=config.trace,
     )  # fmt: skip
 

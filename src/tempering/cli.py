@@ -65,6 +65,14 @@ def _list_check_keys(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _list_chat_keys(wanted: bool) -> None:
+    if wanted:
+        from tempering.chatting import ChatConfig
+
+        _print_keys(ChatConfig)
+        raise typer.Exit
+
+
 def _list_serve_keys(wanted: bool) -> None:
     if wanted:
         from tempering.serving.settings import ServeConfig
@@ -77,6 +85,7 @@ KEYS_HELP = "List every setting with default and meaning."
 EvalKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_eval_keys, help=KEYS_HELP)]
 RedteamKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_redteam_keys, help=KEYS_HELP)]
 CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_check_keys, help=KEYS_HELP)]
+ChatKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_chat_keys, help=KEYS_HELP)]
 ServeKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_serve_keys, help=KEYS_HELP)]
 
 
@@ -331,9 +340,12 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write one PEFT adapter on the public base, merged weights, sealed experts, or a run's evals as logs of Inspect.
+    """Write one PEFT adapter on the public base, merged weights, GGUF, sealed experts, or evals as logs of Inspect.
 
-    Settings: out=DIR format=adapter|merged|bundle|inspect rank=N (adapter: compress by SVD; the error is printed).
+    For adapter and merged weights the exact command of vLLM is printed, and stands in the README beside them.
+
+    Settings: out=DIR format=adapter|merged|gguf|bundle|inspect rank=N (adapter: compress by SVD; the error is
+    printed) converter=FILE (llama.cpp's convert_hf_to_gguf.py) gguf_type=f32|f16|bf16|q8_0.
     A safemoe run gives a bundle, where what was measured meets the release gate (exit code 3 where not): baseline=DIR
     (evals of the base) force_reason=TEXT bundle.signing_key_env=NAME bundle.secret_env=NAME.
 
@@ -343,6 +355,8 @@ def export(
     temper export runs/mine out=exports/merged format=merged
 
     temper export runs/mine out=exports/small rank=16
+
+    temper export runs/mine out=exports/gguf format=gguf converter=llama.cpp/convert_hf_to_gguf.py
 
     temper export runs/safemoe out=exports/safemoe baseline=runs/base
 
@@ -362,14 +376,22 @@ def export(
 def chat(
     target: Annotated[str, typer.Argument(help="A model reference, a run folder, or openai:MODEL@URL.")],
     items: Overrides = None,
+    keys: ChatKeys = False,
     debug: Debug = False,
 ) -> None:
     """Talk to a target; an empty line or Ctrl-D ends. Reads questions from stdin where that is not a terminal.
 
-    Settings: max_new_tokens=256 temperature=0 top_p=1 seed=0 system=TEXT cot=false sampler=attribution
-    attribution.KEY=VALUE.
+    Settings: against=TARGET (answers beside the first) show=[scores,routing,reasoning] max_new_tokens=256
+    temperature=0 top_p=1 seed=0 system=TEXT sampler=attribution attribution.KEY=VALUE; --keys lists all.
 
-    Example: temper chat runs/demo max_new_tokens=128 temperature=0.7
+    Examples:
+    temper chat runs/demo max_new_tokens=128 temperature=0.7
+
+    temper chat smollm2 against=runs/demo
+
+    temper chat runs/mine sampler=attribution attribution.n=4 show=scores
+
+    temper chat runs/safemoe show=routing < questions.txt
     """
     from tempering.chatting import ChatConfig, run_chat
 

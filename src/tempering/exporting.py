@@ -1,7 +1,9 @@
-"""`temper export`: a PEFT adapter on the public base, merged weights, sealed experts, or evals as logs of Inspect."""
+"""`temper export`: one PEFT adapter on the public base, merged weights, GGUF, sealed experts, or logs of Inspect."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,9 @@ from tempering.core.config import Config
 from tempering.core.policy import Policy
 from tempering.core.progress import say
 from tempering.core.quarantine import is_quarantined, require_override, require_safe, unsafe_name
-from tempering.core.run import atomic_write
+from tempering.core.run import replace_folder
 from tempering.core.sampling import THINK_TOKENS
-from tempering.core.think import CLOSE, OPEN, think_text
+from tempering.hosting import GATED, GGUFType, find_converter, write_card, write_gguf
 from tempering.methods.safemoe.bundle import is_bundle
 from tempering.methods.safemoe.keys import BundleSettings
 from tempering.releasing import release
@@ -28,10 +30,14 @@ class ExportConfig(Config):
 
     out: str
     """Folder to make."""
-    format: Literal["adapter", "merged", "bundle", "inspect"] | None = None
-    """`adapter`: a PEFT adapter. `merged`: a plain transformers folder. `bundle`: a safemoe run's sealed experts,
-    behind the release gate. `inspect`: evals as logs of Inspect. Null: bundle where there is one, merged where the
-    run edited weights of the base, else adapter."""
+    format: Literal["adapter", "merged", "gguf", "bundle", "inspect"] | None = None
+    """`adapter`: a PEFT adapter. `merged`: a plain transformers folder. `gguf`: merged weights in one file, by
+    llama.cpp's converter. `bundle`: a safemoe run's sealed experts, behind the release gate. `inspect`: evals as logs
+    of Inspect. Null: bundle where there is one, merged where the run edited weights of the base, else adapter."""
+    converter: str | None = None
+    """`gguf`: path of llama.cpp's convert_hf_to_gguf.py; null: the one on the PATH."""
+    gguf_type: GGUFType = "bf16"
+    """`gguf`: number format of the weights."""
     rank: int | None = Field(None, ge=1)
     """`adapter`: compress to this rank by SVD; the error is printed."""
     baseline: str | None = None
@@ -53,7 +59,7 @@ def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
     """
     sealed = next((p for p in (Path(reference), Path(reference) / "final") if is_bundle(p)), None)
     form = config.format or ("bundle" if sealed else "adapter")
-    if sealed and form in ("adapter", "merged"):
+    if sealed and form in ("adapter", "merged", "gguf"):
         require_override(f"exporting the sealed experts of {reference} as {form}")
     if Path(reference).exists():
         require_safe(Path(reference), "exporting")
@@ -64,20 +70,23 @@ def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
     if form == "bundle":
         if sealed is None or sealed == Path(reference):
             raise ValueError(f"{reference} is not a safemoe run; format=bundle exports the sealed experts of one")
-        return release(
+        released = release(
             reference,
             Path(config.out),
             baseline=config.baseline,
             force_reason=config.force_reason,
             keys=config.bundle,
         )
+        say(GATED)
+        return released
     if form == "inspect":
         files = write_inspect_logs(Path(reference), Path(config.out))
         say(f"wrote {len(files)} logs: inspect view --log-dir {config.out}")
         return {"out": config.out, "format": form, "logs": [file.name for file in files]}
+    converter = find_converter(config.converter) if form == "gguf" else None
     policy = Policy.load(reference, dtype="float32")
-    if policy.source.unsafe and form == "merged":
-        raise ValueError(f"{reference} is exported as a quarantined adapter only; leave out format=merged")
+    if policy.source.unsafe and form in ("merged", "gguf"):
+        raise ValueError(f"{reference} is exported as a quarantined adapter only; leave out format={form}")
     form = config.format or ("merged" if policy.originals else form)
     if form == "adapter" and (not policy.adapters or policy.originals):
         why = (
@@ -92,34 +101,42 @@ def run_export(reference: str, config: ExportConfig) -> dict[str, Any]:
     if config.rank is not None and policy.adapters:
         facts["relative_error"] = compress(policy, config.rank)
         say(f"rank {config.rank}: largest relative error of a layer's update {facts['relative_error']:.2e}")
-    if form == "merged":
+    if form in ("merged", "gguf"):
         policy.merge()
     kept = {key: policy.lineage[key] for key in (THINK_TOKENS,) if key in policy.lineage}
-    policy.export(Path(config.out), {"exported_from": reference, **kept}, unsafe=policy.source.unsafe)
-    if kept:
-        write_think_note(Path(config.out), policy.tokenizer)
-    if form == "adapter":
-        rank = policy.combined_adapter()[0].r
-        allowed = max(8, 1 << (rank - 1).bit_length())
-        say(f"wrote {config.out}: a LoRA adapter of rank {rank}; vLLM needs --max-lora-rank {allowed}")
-    else:
-        say(f"wrote {config.out}: full weights")
+    about = {"exported_from": reference, **kept}
+    if converter is not None:
+        facts["file"] = export_gguf(policy, Path(config.out), about, converter, config.gguf_type)
+        return facts
+    rank = policy.combined_adapter()[0].r if form == "adapter" else None
+    policy.export(Path(config.out), about, unsafe=policy.source.unsafe)
+    say(f"wrote {config.out}: " + ("full weights" if rank is None else f"a LoRA adapter of rank {rank}"))
+    if not policy.source.unsafe:
+        facts["vllm"] = write_card(policy, Path(config.out), reference, rank)
+        readme = Path(config.out) / "README.md"
+        say(f"serve it: {facts['vllm']}" if facts["vllm"] else f"vLLM takes no adapter of this rank; see {readme}")
+        say(f"what a server and its clients need to know: {readme}")
     return facts
 
 
-def write_think_note(folder: Path, tokenizer: Any) -> None:
-    """Say beside a model that thinks first what a server must add to its prompts."""
-    prompt = think_text(tokenizer, [{"role": "user", "content": "REQUEST"}])
-    text = (
-        f"# A model that thinks before it answers\n\nIt was trained on prompts that end with `{OPEN}` and a line "
-        "break, which the chat template of its base does not write. Whoever serves it must add that, at the end of "
-        "the template's generation prompt or by sending whole prompts, else it is asked in a way that it was not "
-        "trained on:\n\n"
-        f"````\n{prompt}````\n\nIts reply is reasoning, `{CLOSE}`, and the answer. `temper` does this itself for a "
-        "model in its own process, and takes the replies of a server apart.\n"
-    )
-    atomic_write(folder / "README.md", text.encode("utf-8", "surrogatepass"))
-    say(f"how to serve a model that thinks first: {folder / 'README.md'}")
+def export_gguf(policy: Policy, out: Path, about: dict[str, Any], converter: Path, kind: GGUFType) -> str:
+    """Write full weights as one GGUF file into a folder; returns the file.
+
+    Raises:
+        RuntimeError: the converter failed; nothing is left.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        policy.export(temporary / "merged", about)
+        (temporary / "made").mkdir()
+        name = f"{out.name}-{kind}.gguf"
+        write_gguf(converter, temporary / "merged", temporary / "made" / name, kind)
+        replace_folder(temporary / "made", out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"wrote {out / name}: llama-server -m {out / name}")
+    return str(out / name)
 
 
 def compress(policy: Policy, rank: int) -> float:

@@ -704,3 +704,15 @@ def test_a_rehearsal_asks_what_the_choice_would_ask_at_most(settings, guards):
     inner = ScriptedSampler(lambda p, i: drawn.append(i) or "a")
     attribution.rehearsal("somewhere", inner, {"n": 4, **settings, **guard}, connect)(prompts(2))
     assert len(drawn) == 8 and len(asked) == (8 if guards else 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_up_to_a_layer_need_nothing_behind_it(family, pair):
+    pair, group = pair(family), responses()
+    before = measure(pair, PROMPT, group, layers=[0, 1]).states
+    pair.keep_only(1)
+    assert torch.equal(measure(pair, PROMPT, group, layers=[0, 1]).states, before)
+    with pytest.raises(RuntimeError, match="was freed"):
+        measure(pair, PROMPT, group, layers=[1, 2])
+    with pytest.raises(ValueError, match="expected 1 to 2"):
+        pair.keep_only(3)

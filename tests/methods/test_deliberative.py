@@ -1119,7 +1119,7 @@ def test_the_command_trains_and_its_run_is_a_target(config, capfd, monkeypatch):
     assert len(rows) == 4
     assert run(["redteam", cfg.out, "attacks=[direct,templates]", f"out={cfg.out}-red", *held]) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert run(["chat", cfg.out, "max_new_tokens=4", "cot=true"]) == 0
+    assert run(["chat", cfg.out, "max_new_tokens=4", "show=reasoning"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,35 @@ def block_count(model: nn.Module) -> int:
     return len(blocks(model))
 
 
+class _Freed(nn.Module):
+    """Stands where weights were."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("this part of the model was freed: it holds what its scores need, and cannot answer")
+
+
+def free_after(model: nn.Module, last: int) -> None:
+    """Free all blocks behind block `last`, counted from 1, and the output layer where it has weights of its own.
+
+    What is left computes states up to that layer, with `capture(..., stop_after=last)`, and nothing else.
+
+    Raises:
+        ValueError: the model has no such block.
+    """
+    found = blocks(model)
+    if not 1 <= last <= len(found):
+        raise ValueError(f"layer {last}: expected 1 to {len(found)}, the last block")
+    body, _ = _body(model)
+    (stack,) = (m for m in body.children() if isinstance(m, nn.ModuleList) and list(m) == found)
+    for place in range(last, len(found)):
+        stack[place] = _Freed()
+    top: Any = model
+    causal = top.get_base_model() if hasattr(top, "get_base_model") else top
+    head = causal.get_output_embeddings()
+    if head is not None and causal.get_input_embeddings().weight is not getattr(head, "weight", None):
+        causal.set_output_embeddings(_Freed())
+
+
 @contextmanager
 def capture(
     model: nn.Module,

@@ -393,7 +393,7 @@ def sampler(
     """Return the sampler of a calibration run, its card verified, or of any aligned model, with the default window.
 
     `connect` makes the sampler of a guard `openai:MODEL@URL`. A target behind an endpoint (its settings: `endpoint`)
-    does for scorers that read no weights.
+    does for scorers that read no weights. With a `generator` that draws, of the models stays what the scores need.
 
     Raises:
         ValueError: an option that does not fit, a card of another model, or a model without its base.
@@ -405,7 +405,8 @@ def sampler(
         if str(target).startswith("openai:") and not needs_weights(config):
             return around(load_sampler(str(target), **endpoint), config, connect)
         inner, pair = load(str(target), config.base, dtype)
-        return AttributionSampler(_drawn_by(inner, config), pair, config, connect=connect)
+        drawn_by = _drawn_by(inner, config, **endpoint)
+        return _stub(AttributionSampler(drawn_by, pair, config, connect=connect))
     card, means = read_card(Path(target))
     config = settle(config, card)
     if dtype not in ("auto", card.dtype):
@@ -415,9 +416,8 @@ def sampler(
     wanted: Any = card.dtype
     inner, pair = load(card.student.model, card.base, wanted)
     verify(card, pair)
-    return AttributionSampler(
-        _drawn_by(inner, config), pair, config, card, means, name=_name(target, given), connect=connect
-    )
+    drawn_by = _drawn_by(inner, config, **endpoint)
+    return _stub(AttributionSampler(drawn_by, pair, config, card, means, name=_name(target, given), connect=connect))
 
 
 def around(
@@ -473,8 +473,20 @@ def needs_weights(config: SelectionConfig) -> bool:
     return bool({*config.scorers} & {*NEED_BASE, *NEED_LOGITS})
 
 
-def _drawn_by(inner: Sampler, config: SelectionConfig) -> Sampler:
-    return inner if config.generator is None else load_sampler(config.generator)
+def _drawn_by(inner: Sampler, config: SelectionConfig, **endpoint: Any) -> Sampler:
+    return inner if config.generator is None else load_sampler(config.generator, **endpoint)
+
+
+def _stub(found: AttributionSampler) -> AttributionSampler:
+    """Free the blocks that no score reads, where another draws the candidates and only states are compared."""
+    pair, read_logits = found.pair, {*found.config.scorers} & {*NEED_LOGITS}
+    if pair is None or found.config.generator is None or not found.layers or read_logits:
+        return found
+    last = max(1, *found.layers)
+    if last < pair.blocks:
+        pair.keep_only(last)
+        say(f"{found.inner.name} draws; of the models the first {last} of {pair.blocks} blocks are kept")
+    return found
 
 
 def is_run(target: str | Path) -> bool:

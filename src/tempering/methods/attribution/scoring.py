@@ -19,7 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import DynamicCache
 
-from tempering.core.activations import block_count, capture
+from tempering.core.activations import block_count, capture, free_after
 from tempering.core.logprobs import compare_positions
 from tempering.core.policy import Policy
 from tempering.core.think import Spans
@@ -88,6 +88,12 @@ class Pair:
                     yield model
         finally:
             model.train(was_training)
+
+    def keep_only(self, last: int) -> None:
+        """Free what lies behind layer `last` in both models: scores up to it stay what they are, answers are gone."""
+        for policy in (self.policy, self.base):
+            if policy is not None:
+                free_after(policy.model, last)
 
     @property
     def has_adapted_head(self) -> bool:

@@ -1,0 +1,1 @@
+"""What other programs load of ours, by their own names for it. Nothing here is imported by the rest."""
