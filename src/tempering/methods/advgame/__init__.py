@@ -20,16 +20,18 @@ it), LoRA settings. The average pulls towards where a player was, not to its sta
     temper train advgame -c one_gpu_7b judges.default=openai:MODEL@URL out=runs/mine
     temper train advgame -c one_gpu_7b --dry-run                     # what fits, before anything is loaded
 
-Configuration: `settings`. Pure: `pairs`, `ema`, `losses`. `players` are the adapters, `rollout` plays a seed,
-`updates` takes one optimiser step, `warm_start` teaches small models to rewrite and to come to an end, `validation`
-compares with the start, `opponents` keeps past attackers, `watching` raises alarms, `checkpoints` and `summary` write
-down, `inputs` and `planner` say before anything loads what is wrong and what fits. The loop is below.
+Configuration: `settings`. Pure: `pairs`, `ema`, `losses`. `players` are the adapters, `rollout` plays a seed, `ahead`
+plays it some steps before it is learned from, `updates` takes one optimiser step, `warm_start` teaches small models
+to rewrite and to come to an end, `validation` compares with the start, `opponents` keeps past attackers, `watching`
+raises alarms, `checkpoints` and `summary` write down, `inputs` and `planner` say before anything loads what is wrong
+and what fits. The loop is below.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from tempering.core.policy import Policy
@@ -46,6 +48,7 @@ from tempering.core.training import (
 )
 from tempering.data.attacker import CATEGORIES, Category
 from tempering.data.seeds import Seed, seeds_hash
+from tempering.methods.advgame.ahead import Rounds
 from tempering.methods.advgame.checkpoints import restore, save
 from tempering.methods.advgame.display import game_table, summary_table, validation_table
 from tempering.methods.advgame.inputs import by_class, read_seeds, require_judges
@@ -166,33 +169,42 @@ def _loop(
     }  # fmt: skip
     pool = Pool(config, seats.attacker)
     checkpoint = last_checkpoint(run)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "unscored": [], "benign": [], "dispersion": [], "past": []}
+    state: dict[str, Any] = {"step": 0, "tokens": 0}
+    state |= {name: [] for name in ("unscored", "benign", "dispersion", "past", "ahead")}
     if checkpoint:
         state = checkpoint.state
         restore(checkpoint, seats, optimisations, pool)
     first = state["step"]
     for name in ("metrics.jsonl", PAIRS):
         run.truncate_rows(name, lambda row: bool(first) and row["step"] <= first)
+    rounds = Rounds(
+        config, dealer, lambda category, t, by: deal(config, train_seeds[category], category, t, pool, by)
+    )
     dealer.tokens = state["tokens"]
     is_validated = bool(config.eval_every) and all(valid_seeds.values())
     if is_validated and not first:
         validated(config, dealer, valid_seeds, 0, run, watch)
     start, shown = time.monotonic(), list[dict[str, Any]]()
-    with progress("playing", config.steps) as advance:
+    with closing(rounds), progress("playing", config.steps) as advance:
         advance(first)
+        rounds.load_state(state.get("ahead", []))
         for t in range(first, config.steps):
             began, step = time.monotonic(), t + 1
             told: dict[str, list[float]] = {}
             trees = []
+            with watch.timed("rollouts"):
+                rounds.begin(t)
             for k, categories in enumerate(turns):
-                tables = [deal(config, train_seeds[c], c, t, pool) for c in categories]
                 with watch.timed("rollouts"):
-                    played = dealer.play(*tables)
+                    tables, played = rounds.play(t, categories)
                 trees += played
                 # A past attacker's attacks are not this one's to learn from.
                 is_past = {table.category for table in tables if table.attacker == "past"}
                 prompts = Prompts(dealer)
                 for player in learners:  # one player's micro-batches at a time
+                    if player is learners[-1]:  # before the defender moves
+                        with watch.timed("rollouts"):
+                            rounds.answer()
                     examples = []
                     for role in seats.roles(player):
                         own_trees = [x for x in played if role == "defender" or x.category not in is_past]
@@ -217,7 +229,7 @@ def _loop(
                 for name, value in player.average().items():
                     told.setdefault(f"{player.name}/{name}", []).append(value)
             pool.keep(step)
-            judged, unscored, asked = judging_metrics(dealer.judges)
+            judged, unscored, asked = rounds.end(t)
             state["unscored"] = [*state["unscored"], [unscored, asked]][-config.judges.unscored_window :]
             state["benign"].append(list(benign_compliance(trees)))
             row = metrics_row(config, step, told, tree_metrics(config, trees), judged, state, dealer.tokens)
@@ -234,20 +246,23 @@ def _loop(
                 game_table(config, shown)
                 shown = []
             if is_validated and (step % config.eval_every == 0 or is_last):
+                rounds.settle()
                 validated(config, dealer, valid_seeds, step, run, watch)
             if is_last or step % config.checkpoint_every == 0:
                 with watch.timed("saving"):
-                    state |= {"step": step, "tokens": dealer.tokens, "past": pool.steps}
+                    state |= {"step": step, "tokens": dealer.tokens, "past": pool.steps, "ahead": rounds.state()}
                     save(run, config, seats, optimisations, pool, state, facts)
 
 
-def deal(config: AdvGameConfig, seeds: Sequence[Seed], category: Category, t: int, pool: Pool) -> Table:
-    """Set a class's table for step t: the next seeds in their order, and who plays."""
+def deal(
+    config: AdvGameConfig, seeds: Sequence[Seed], category: Category, t: int, pool: Pool, by: Weights | None
+) -> Table:
+    """Set a class's table for step t: the next seeds in their order, and who plays; `by`: the attacker, if known."""
     own = config.rollout
     places = stream_rows(len(seeds), own.seeds, t, config.seed, CATEGORIES.index(category))
     dealt = [seeds[i] for i in places]
     keys = [("step", t, b) if own.fresh else ("seed", seed.id) for b, seed in enumerate(dealt)]
-    attacker: Weights = "past" if pool.meets(t, category) else config.players.attacker.sampler
+    attacker = by or ("past" if pool.meets(t, category) else config.players.attacker.sampler)
     return Table(category, dealt, keys, attacker, config.players.defender.sampler, own.attacks, own.responses, t + 1)
 
 

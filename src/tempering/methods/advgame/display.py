@@ -40,7 +40,8 @@ def game_table(config: AdvGameConfig, rows: Sequence[Mapping[str, Any]]) -> None
             console.print(f"{player}: " + ", ".join(f"{what} {value}" for what, value in told.items() if value))
     guard = _mean(rows, "guard/benign_compliance", "{:.0%}")
     seconds = _mean(rows, "step_seconds", "{:.1f}")
-    console.print(f"benign answers that comply: {guard or 'not judged'}; {seconds} s a step")
+    waited = _mean(rows, "waited_seconds", ", {:.1f} of them waiting for judges")
+    console.print(f"benign answers that comply: {guard or 'not judged'}; {seconds} s a step{waited}")
 
 
 def validation_table(config: AdvGameConfig, facts: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ from tempering.methods.advgame.pairs import (
     patch_rewards,
     response_status,
 )
-from tempering.methods.advgame.players import Player, Seats, Weights
+from tempering.methods.advgame.players import Seats, Weights
 from tempering.methods.advgame.settings import AdvGameConfig, Role
 
 ROLLOUTS, JUDGEMENTS = "data/rollouts.jsonl", "data/judgements.jsonl"
@@ -112,6 +112,12 @@ class Judges(NamedTuple):
         """Every judge once."""
         return list({id(judge): judge for judge in self if judge is not None}.values())
 
+    def apart(self) -> Judges:
+        """The same judges, which count by themselves."""
+        made = {id(judge): judge.apart() for judge in self.each}
+        defender, attacker = (judge and made[id(judge)] for judge in (self.defender, self.attacker))
+        return Judges(made[id(self.faithfulness)], defender, attacker)
+
 
 def load_judges(config: AdvGameConfig, run: Run) -> Judges:
     """Make the judges, which keep the run's journal.
@@ -155,10 +161,16 @@ class Table(NamedTuple):
     attacks: int
     responses: int
     step: int
+    staleness: int | None = None
+    """How many steps older than those that learn from it the players are, where they may be."""
 
 
 class Dealer:
-    """Plays tables: samples, parses, asks the judges, and gives statuses and rewards."""
+    """Plays tables: samples, parses, asks the judges, and gives statuses and rewards.
+
+    `play` is all of it; its parts are for who puts something else between them. `attack` and `answer` compute with
+    the players, `check` and `grade` ask judges.
+    """
 
     def __init__(self, config: AdvGameConfig, seats: Seats, judges: Judges, log: RolloutLog) -> None:
         self.config, self.seats, self.judges, self.log = config, seats, judges, log
@@ -166,14 +178,24 @@ class Dealer:
         """Why verdicts were unscored."""
         self.tokens = 0
         """Written so far, replayed ones among them."""
+        self.versions: dict[str, str] = {}
+        """Which weights wrote what was played, as ROLE/WEIGHTS."""
+        self.is_replaying = False
+        """Whether all was written before, by `versions`; the weights that wrote it may be gone."""
+
+    def apart(self, versions: Mapping[str, str] | None = None) -> Dealer:
+        """Return a dealer that counts by itself; with `versions` it plays again what these wrote."""
+        own = Dealer(self.config, self.seats, self.judges.apart(), self.log)
+        own.versions, own.is_replaying = dict(versions or {}), versions is not None
+        return own
 
     def play(self, *tables: Table) -> list[Tree]:
         """Play tables together, from the attacks to the rewards; the trees stand in the order of their seeds."""
-        trees = self._attack(tables)
-        trees = self._check_faithfulness(trees)
-        trees = self._answer(tables, trees)
-        trees = self._grade_answers(trees)
-        return [patch_rewards(tree) for tree in self._grade_attacks(trees)]
+        return self.grade(self.answer(tables, self.check(self.attack(tables))))
+
+    def grade(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Ask the judges about answers, then about attacks, and give rewards."""
+        return [patch_rewards(tree) for tree in self._grade_attacks(self._grade_answers(trees))]
 
     def instruction(self, category: Category, seed: str) -> str:
         """The user turn that asks the attacker for a rewrite."""
@@ -181,7 +203,8 @@ class Dealer:
 
     # --- sampling ------------------------------------------------------------------------------------
 
-    def _attack(self, tables: Sequence[Table]) -> list[Tree]:
+    def attack(self, tables: Sequence[Table]) -> list[Tree]:
+        """Let the attacker rewrite the seeds."""
         is_direct = self.config.rollout.source == "seeds"
         asked: list[tuple[Weights, Request]] = [
             (table.attacker, self._request(table, "attacker", b, a, None, self.instruction(table.category, s.prompt)))
@@ -192,7 +215,7 @@ class Dealer:
         if is_direct:
             samples = [Sample((), s.prompt, "stop") for t in tables for s in t.seeds for _ in range(t.attacks)]
         else:
-            samples = self._sample(self.seats.attacker, asked, self.config.rollout.attacker_tokens)
+            samples = self._sample("attacker", asked, self.config.rollout.attacker_tokens)
         nodes = iter([AttackNode(self._parsed(sample)) for sample in samples])
         return [
             Tree(seed.id, table.category, seed.prompt, tuple(next(nodes) for _ in range(table.attacks)))
@@ -206,7 +229,8 @@ class Dealer:
         status = attack_status(sample.finish, prompt is not None)
         return Response(sample.token_ids, sample.text, sample.finish, prompt, status)
 
-    def _answer(self, tables: Sequence[Table], trees: Sequence[Tree]) -> list[Tree]:
+    def answer(self, tables: Sequence[Table], trees: Sequence[Tree]) -> list[Tree]:
+        """Let the defender answer the attacks that are valid."""
         seats = [(table, b) for table in tables for b in range(len(table.seeds))]  # of each tree
         asked: dict[tuple[int, int, int], tuple[Weights, Request]] = {}
         for i, ((table, b), tree) in enumerate(zip(seats, trees, strict=True)):
@@ -215,7 +239,7 @@ class Dealer:
                     for d in range(table.responses):
                         request = self._request(table, "defender", b, a, d, node.attack.prompt or "")
                         asked[i, a, d] = table.defender, request
-        samples = self._sample(self.seats.defender, list(asked.values()), self.config.rollout.defender_tokens)
+        samples = self._sample("defender", list(asked.values()), self.config.rollout.defender_tokens)
         found = dict(zip(asked, samples, strict=True))
         never = Response((), "", None, None, response_status(None))
 
@@ -236,27 +260,40 @@ class Dealer:
 
     def _request(self, table: Table, role: Role, b: int, a: int, d: int | None, prompt: str) -> Request:
         key = content_id(self.config.seed, table.keys[b], table.category, role, a, d)
-        facts = {"step": table.step, "class": table.category, "seed_id": table.seeds[b].id, "role": role}
-        return Request(prompt, key, {**facts, "b": b, "a": a, "d": d})
+        facts: dict[str, Any] = {
+            "step": table.step,
+            "class": table.category,
+            "seed_id": table.seeds[b].id,
+            "role": role,
+        }
+        facts |= {"b": b, "a": a, "d": d} | ({} if table.staleness is None else {"staleness": table.staleness})
+        return Request(prompt, key, facts)
 
-    def _sample(self, player: Player, asked: Sequence[tuple[Weights, Request]], tokens: int) -> list[Sample]:
+    def _sample(self, role: Role, asked: Sequence[tuple[Weights, Request]], tokens: int) -> list[Sample]:
         """Answer requests, those to the same weights together."""
         found: dict[int, Sample] = {}
         for weights in dict.fromkeys(weights for weights, _ in asked):
             places = [i for i, (own, _) in enumerate(asked) if own == weights]
-            samples = self._sample_of(player, weights, [asked[i][1] for i in places], tokens)
+            samples = self._sample_of(role, weights, [asked[i][1] for i in places], tokens)
             found |= dict(zip(places, samples, strict=True))
         return [found[i] for i in range(len(asked))]
 
-    def _sample_of(self, player: Player, weights: Weights, requests: Sequence[Request], tokens: int) -> list[Sample]:
-        own = self.config.rollout
-        version = player.version(weights, own.temperature, own.top_p, tokens)
+    def _sample_of(self, role: Role, weights: Weights, requests: Sequence[Request], tokens: int) -> list[Sample]:
+        own, player, name = self.config.rollout, self.seats.of(role), f"{role}/{weights}"
+        if not self.is_replaying:
+            self.versions[name] = player.version(weights, own.temperature, own.top_p, tokens)
+        version = self.versions[name]
         sampler = LocalSampler(player.policy, batch_rows=own.rows, batch_tokens=self.config.sample_tokens)
         found: list[Sample] = []
         for start in range(0, len(requests), own.rows):
             part = requests[start : start + own.rows]
             kept = [self.log.get(version, request.rng_key) for request in part]
             if any(sample is None for sample in kept):
+                if self.is_replaying:
+                    raise RuntimeError(
+                        f"{self.log.path}: samples of step {part[0].facts['step']} are missing that the checkpoint "
+                        "goes on from; put the file back as it was, or begin again"
+                    )
                 prompts = [Prompt(({"role": "user", "content": r.prompt},), id=r.rng_key) for r in part]
                 with player.policy.using(player.stack(weights)):
                     groups = sampler(
@@ -272,7 +309,8 @@ class Dealer:
 
     # --- judging -------------------------------------------------------------------------------------
 
-    def _check_faithfulness(self, trees: Sequence[Tree]) -> list[Tree]:
+    def check(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Ask whether each attack is faithful to its seed."""
         if self.config.rollout.source == "seeds":
             return list(trees)
         places = [(b, a) for b, t in enumerate(trees) for a, n in enumerate(t.attacks) if n.attack.status == "OK"]

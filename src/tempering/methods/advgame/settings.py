@@ -118,6 +118,9 @@ class Rollouts(Config):
     """Longest answer, in tokens; a longer one loses."""
     rows: int = Field(default=64, ge=1)
     """Samples that are written at a time, and kept in one piece."""
+    staleness: int = Field(default=0, ge=0, le=20)
+    """Steps by which trees are played ahead of the step that learns from them, so that players learn while judges are
+    waited for (usual: 1, rarely 2); 0: judged first, then learned from."""
 
 
 class Judging(Config):
@@ -277,6 +280,9 @@ class AdvGameConfig(Config):
         if self.loss == "grpo" and self.judges.kind != "pointwise":
             raise ValueError("loss=grpo compares points across groups, which a pairwise judge does not give; set "
                              "judges.kind=pointwise")  # fmt: skip
+        if self.loss == "grpo" and self.rollout.staleness:
+            raise ValueError("rollout.staleness: loss=grpo weighs samples by the weights that wrote them, which are "
+                             "not kept; set rollout.staleness=0")  # fmt: skip
         if self.loss == "grpo" and self.labels != "judged":
             raise ValueError("labels=shuffled is of pairs; loss=grpo has none")
         if self.cosine_restart and not self.per_class_updates:
