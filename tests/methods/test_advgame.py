@@ -53,6 +53,8 @@ def test_a_game_leaves_both_players_their_averages_and_what_was_played(game, tmp
     assert len({(r["policy_version"], r["rng_key"]) for r in played}) == len(played)
     assert run.provenance["unsafe"] is False
     game = run.read_json("data/game.json")
+    changes = {row["step"]: row["attacker/change"][0] for row in events if "attacker/change" in row}
+    assert changes[game["best_step"]["attacker"]] == max(changes.values())
     assert game["peak_bytes"] > 0 and sum(found["pairs"] for found in game["yield"].values()) == len(pairs)
 
 

@@ -52,18 +52,19 @@ from tempering.methods.advgame.ahead import Rounds
 from tempering.methods.advgame.checkpoints import restore, save
 from tempering.methods.advgame.display import game_table, summary_table, validation_table
 from tempering.methods.advgame.inputs import by_class, read_seeds, require_judges
+from tempering.methods.advgame.networks import Weights
 from tempering.methods.advgame.opponents import Pool
 from tempering.methods.advgame.planner import memory_plan, say_plan
-from tempering.methods.advgame.players import Seats, Weights, load_seats
+from tempering.methods.advgame.players import Seats, load_seats
 from tempering.methods.advgame.rollout import (
     ROLLOUTS,
     Dealer,
     Judges,
-    RolloutLog,
     Table,
     judging_metrics,
     load_judges,
 )
+from tempering.methods.advgame.samples import RolloutLog
 from tempering.methods.advgame.settings import ROLES, AdvGameConfig
 from tempering.methods.advgame.summary import peak_bytes, provenance, summarise
 from tempering.methods.advgame.updates import Prompts, benign_compliance, lesson, tree_metrics, update
@@ -114,7 +115,6 @@ def train(
     judges = make_judges(config, run)
     dealer = Dealer(config, seats, judges, RolloutLog(run.path(ROLLOUTS)))
     watch = Stopwatch()
-    bases = [player.policy.base_fingerprint() for player in seats.players]
     facts = {
         "run": str(run.root),
         "seeds_sha256": seeds_hash(seeds),
@@ -127,8 +127,11 @@ def train(
     valid_seeds, _ = by_class(config, seats, seeds, "valid")
     with watch.timed("warm start"):
         warm_up(config, seats, train_seeds, run, processes)
+    for player in seats.players:
+        player.begin()
     _loop(config, seats, dealer, train_seeds, valid_seeds, run, processes, watch, facts)
-    if [player.policy.base_fingerprint() for player in seats.players] != bases:
+    shared = [player for player in seats.players if player.tuning == "lora"]
+    if any(player.policy.base_fingerprint() != player.start_fingerprint for player in shared):
         raise RuntimeError("the base weights have changed, although only adapters train")
     with watch.timed("export"):
         for role in ROLES:
@@ -262,7 +265,7 @@ def deal(
     places = stream_rows(len(seeds), own.seeds, t, config.seed, CATEGORIES.index(category))
     dealt = [seeds[i] for i in places]
     keys = [("step", t, b) if own.fresh else ("seed", seed.id) for b, seed in enumerate(dealt)]
-    attacker = by or ("past" if pool.meets(t, category) else config.players.attacker.sampler)
+    attacker: Weights = by or ("past" if pool.meets(t, category) else config.players.attacker.sampler)
     return Table(category, dealt, keys, attacker, config.players.defender.sampler, own.attacks, own.responses, t + 1)
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tempering.data.attacker import Category
+from tempering.methods.advgame.networks import Weights
 from tempering.methods.advgame.pairs import Tree
-from tempering.methods.advgame.players import Weights
 from tempering.methods.advgame.rollout import Dealer, Table, judging_metrics
 from tempering.methods.advgame.settings import AdvGameConfig
 

@@ -30,7 +30,8 @@ def save(
 
     def more(folder: Any) -> None:
         for role in ROLES:
-            seats.of(role).export(folder / role, role, "current", facts, config)
+            if seats.of(role).tuning == "lora":  # all weights are large, and what plays is the average
+                seats.of(role).export(folder / role, role, "current", facts, config)
             seats.of(role).export(folder / f"{role}_ema", role, "ema", facts, config)
 
     whole = {**state, "sizes_bytes": sizes, "config": content_id(config.model_dump(mode="json", exclude={"out"}))}

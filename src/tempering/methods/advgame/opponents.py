@@ -21,9 +21,6 @@ class Pool:
     def __init__(self, config: AdvGameConfig, attacker: Player) -> None:
         self.config, self.attacker, self.settings = config, attacker, config.opponents
         self.kept: list[tuple[int, dict[str, Tensor]]] = []
-        self.slot = f"{attacker.name}_past"
-        if self.settings.probability:
-            attacker.policy.add_player(self.slot, config.lora, config.seed)
 
     @property
     def steps(self) -> list[int]:
@@ -39,15 +36,13 @@ class Pool:
         _, state = self.kept[
             int(generator(self.config.seed, OPPONENTS + len(CATEGORIES), t).integers(len(self.kept)))
         ]
-        self.attacker.policy.load_state(state)
+        self.attacker.networks.take_past(state)
         return bool(draw < self.settings.probability)
 
     def keep(self, step: int) -> None:
         """Take the attacker's average in, where it is time to."""
         if self.settings.probability and step % self.settings.every == 0:
-            self.attacker.policy.copy_player(self.attacker.stack("ema")[-1], self.slot)
-            state = self.attacker.policy.adapter_state([self.slot])
-            self.kept = [*self.kept, (step, state)][-self.settings.size :]
+            self.kept = [*self.kept, (step, self.attacker.networks.snapshot())][-self.settings.size :]
 
     def state(self) -> dict[str, Tensor]:
         """Copy what a resumed run needs."""

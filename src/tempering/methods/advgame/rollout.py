@@ -10,23 +10,22 @@ never by its batch. Samples are written in chunks, each in one piece: a resumed 
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tempering.core.endpoint import EndpointSampler
-from tempering.core.records import Finish, Prompt, Verdict, content_id
+from tempering.core.records import Prompt, Verdict, content_id
 from tempering.core.run import Run
-from tempering.core.sampling import LocalSampler
+from tempering.core.sampling import Key, LocalSampler
 from tempering.data.attacker import INSTRUCTIONS, Category, attacker_message
 from tempering.data.seeds import Seed
 from tempering.judges.game import Asked, Criterion, GameJudge, game_judge
 from tempering.judges.journal import Journal
 from tempering.judges.tags import parse_attack
+from tempering.methods.advgame.networks import Weights
 from tempering.methods.advgame.pairs import (
     AttackNode,
     Response,
@@ -37,67 +36,12 @@ from tempering.methods.advgame.pairs import (
     patch_rewards,
     response_status,
 )
-from tempering.methods.advgame.players import Seats, Weights
+from tempering.methods.advgame.players import Seats
+from tempering.methods.advgame.samples import Request, RolloutLog, Sample
 from tempering.methods.advgame.settings import AdvGameConfig, Role
 
 ROLLOUTS, JUDGEMENTS = "data/rollouts.jsonl", "data/judgements.jsonl"
 MOST_POINTS = 10.0
-
-
-class Sample(NamedTuple):
-    """What a player wrote."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish: Finish
-
-
-class Request(NamedTuple):
-    """What a player is asked, where in the game."""
-
-    prompt: str
-    rng_key: str
-    facts: Mapping[str, Any]
-    """What `data/rollouts.jsonl` says of it beside the sample."""
-
-
-class RolloutLog:
-    """Samples by (policy version, rng key), in an append-only file; a torn last line is cut on opening."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._kept: dict[tuple[str, str], Sample] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with path.open("r+b") as file:
-                file.truncate(end)
-        for line in content[:end].splitlines():
-            row = json.loads(line.decode("utf-8", "surrogatepass"))
-            key = (row["policy_version"], row["rng_key"])
-            self._kept[key] = Sample(tuple(row["token_ids"]), row["text"], row["finish"])
-
-    def get(self, version: str, rng_key: str) -> Sample | None:
-        """Return a sample that was written before."""
-        return self._kept.get((version, rng_key))
-
-    def put(self, version: str, samples: Sequence[tuple[Request, Sample]]) -> None:
-        """Write samples in one piece, and return once they are on disk; those that are there stay as they are."""
-        new = [(r, s) for r, s in samples if (version, r.rng_key) not in self._kept]
-        rows = [
-            {**r.facts, "policy_version": version, "rng_key": r.rng_key, "token_ids": list(s.token_ids),
-             "text": s.text, "finish": s.finish}
-            for r, s in new
-        ]  # fmt: skip
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self.path.open("ab") as file:
-            file.write(lines.encode("utf-8", "surrogatepass"))
-            file.flush()
-            os.fsync(file.fileno())
-        self._kept |= {(version, r.rng_key): s for r, s in new}
 
 
 class Judges(NamedTuple):
@@ -227,7 +171,7 @@ class Dealer:
         fmt = "raw" if self.config.rollout.source == "seeds" else self.config.rollout.format
         prompt = parse_attack(sample.text, fmt).prompt
         status = attack_status(sample.finish, prompt is not None)
-        return Response(sample.token_ids, sample.text, sample.finish, prompt, status)
+        return Response(sample.token_ids, sample.text, sample.finish, prompt, status, logprobs=sample.logprobs)
 
     def answer(self, tables: Sequence[Table], trees: Sequence[Tree]) -> list[Tree]:
         """Let the defender answer the attacks that are valid."""
@@ -245,7 +189,10 @@ class Dealer:
 
         def response(i: int, a: int, d: int) -> Response:
             s = found.get((i, a, d))
-            return never if s is None else Response(s.token_ids, s.text, s.finish, s.text, response_status(s.finish))
+            if s is None:
+                return never
+            status = response_status(s.finish)
+            return Response(s.token_ids, s.text, s.finish, s.text, status, logprobs=s.logprobs)
 
         return [
             replace(
@@ -295,12 +242,19 @@ class Dealer:
                         "goes on from; put the file back as it was, or begin again"
                     )
                 prompts = [Prompt(({"role": "user", "content": r.prompt},), id=r.rng_key) for r in part]
-                with player.policy.using(player.stack(weights)):
+                nothing: dict[Key, list[float]] = {}
+                with (
+                    player.playing(weights),
+                    sampler.keeping_logprobs() if own.logprobs else nullcontext(nothing) as said,
+                ):
                     groups = sampler(
                         prompts, max_new_tokens=tokens, temperature=own.temperature, top_p=own.top_p,
                         seed=self.config.seed,
                     )  # fmt: skip
-                written = [Sample(c.token_ids, c.text, c.finish) for (c,) in groups]
+                written = [
+                    Sample(c.token_ids, c.text, c.finish, tuple(said.get((self.config.seed, c.prompt_id, 0), ())))
+                    for (c,) in groups
+                ]
                 kept = [old or new for old, new in zip(kept, written, strict=True)]
                 self.log.put(version, list(zip(part, [s for s in kept if s is not None], strict=True)))
             found += [sample for sample in kept if sample is not None]

@@ -35,7 +35,7 @@ def provenance(
         "method": "advgame",
         "model": policy.source.to_row(),
         "players": {role: seats.of(role).policy.source.to_row() for role in ROLES},
-        "base_fingerprint": policy.base_fingerprint(),
+        "base_fingerprint": seats.defender.start_fingerprint,
         "device": str(policy.device),
         "dtype": str(policy.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -56,7 +56,7 @@ def provenance(
 
 
 def summarise(config: AdvGameConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `data/game.json` holds: pair yield and statuses of all steps, last distances, the last validation."""
+    """What `data/game.json` holds: pair yield and statuses of all steps, last distances, last and best validation."""
     steps = [row for row in rows if "event" not in row]
     facts: dict[str, Any] = {"steps": len(steps), "yield": {}, "statuses": {}}
     for role in ROLES:
@@ -77,6 +77,11 @@ def summarise(config: AdvGameConfig, rows: Sequence[Mapping[str, Any]]) -> dict[
                 facts[f"{player}/{name}"] = told[-1]
     facts["seconds_per_step"] = float(np.mean([row["step_seconds"] for row in steps]))
     facts["validation"] = next((row for row in reversed(rows) if row.get("event") == "validation"), None)
+    facts["best_step"] = {}
+    for role in ROLES:
+        changes = {row["step"]: row[f"{role}/change"][0] for row in rows if f"{role}/change" in row}
+        if changes:
+            facts["best_step"][role] = max(changes, key=changes.__getitem__)
     return facts
 
 
