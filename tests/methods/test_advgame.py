@@ -2,15 +2,14 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from advgame_parts import Counting, Measuring, judged_by, lines, untimed
 from safetensors.torch import save_file
 
 from tempering.core.chat import Encoded, collate
@@ -18,121 +17,20 @@ from tempering.core.config import build
 from tempering.core.loading import resolve
 from tempering.core.policy import LoraSettings, Policy, load_tensors
 from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
-from tempering.core.records import Prompt, content_id
+from tempering.core.records import Prompt
 from tempering.core.run import Run, file_hash
 from tempering.data.attacker import INSTRUCTIONS
-from tempering.judges.game import GameJudge, Said
-from tempering.judges.journal import Journal
 from tempering.methods import advgame
 from tempering.methods.advgame import warm_start
 from tempering.methods.advgame.planner import memory_plan
 from tempering.methods.advgame.players import load_seats
-from tempering.methods.advgame.rollout import JUDGEMENTS, Judges
+from tempering.methods.advgame.rollout import JUDGEMENTS
 from tempering.methods.advgame.settings import ROLES, AdvGameConfig
 
-SEEDS = [
-    {"prompt": f"{verb} the {thing} number {i}", "category": category, "split": split}
-    for category, verb in (("harmful", "break"), ("benign", "paint"))
-    for split, count in (("train", 5), ("valid", 2))
-    for i, thing in enumerate(
-        ["stone", "river", "apple", "glass", "paper"][:count] if split == "train" else ["yes", "no"]
-    )
-]
 
-
-@pytest.fixture
-def seeds_file(tmp_path):
-    path = tmp_path / "seeds.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in SEEDS), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(autouse=True)
-def short_instructions(monkeypatch):
-    """A byte tokenizer makes hundreds of tokens of the real ones."""
-    for category in ("harmful", "benign"):
-        monkeypatch.setitem(INSTRUCTIONS, category, f"Rewrite it ({category}).")
-
-
-@pytest.fixture
-def quick_model(tiny_model_dir, tmp_path):
-    """The tiny random model with half of its tokens as ends of a turn, so that what it writes stops."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model_dir(), folder)
-    file = folder / "generation_config.json"
-    own = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**own, "eos_token_id": [2, *range(160, 320)]}), encoding="utf-8")
-    return str(folder)
-
-
-@pytest.fixture
-def settings(quick_model, seeds_file, tmp_path):
-    """A function: overrides -> a configuration of a small and quick game."""
-
-    def make(**over):
-        tree = {
-            "model": quick_model, "data": {"train": seeds_file}, "out": str(tmp_path / "run"), "steps": 3,
-            "dtype": "float32", "rollout": {"attacker_tokens": 6, "defender_tokens": 6}, "max_length": 512,
-            "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
-            "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-            "warm_start": {"rewrites": 0, "brief": 0}, "kl_every": 1,
-        }  # fmt: skip
-        for key, value in over.items():
-            tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
-        return build(AdvGameConfig, tree, "test")
-
-    return make
-
-
-class Counting:
-    """Points for a letter; counts how often it was asked the same, and fails for a share of its questions."""
-
-    identity = "counting"
-
-    def __init__(self, letter="e", failing=0.0):
-        self.letter, self.failing, self.asked = letter, failing, Counter()
-
-    def rubric_hash(self, criterion):
-        return "one"
-
-    def __call__(self, questions):
-        self.asked.update(questions)
-        return [self.said(question) for question in questions]
-
-    def said(self, question):
-        if int(content_id(question), 16) % 100 < 100 * self.failing:
-            return Said(None, "the judge is asleep")
-        if question.criterion.startswith("faithfulness"):
-            return Said((1.0,), None)
-        return Said(
-            tuple(min(10.0, 2.0 * text.count(self.letter) + len(text) / 10) for text in question.responses), None
-        )
-
-
-def judged_by(asker):
-    """What makes the judges of a run, for `train`."""
-
-    def make(config, run):
-        own = config.judges
-        judge = GameJudge(
-            asker, kind=own.kind, seed=config.seed, judge_singletons=True, journal=Journal(run.path(JUDGEMENTS))
-        )
-        return Judges(judge, judge if own.defender else None, judge if own.attacker else None)
-
-    return make
-
-
-def lines(path):
-    return path.read_bytes().splitlines()
-
-
-def untimed(run):
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in run.read_rows("metrics.jsonl")]
-
-
-def test_a_game_leaves_both_players_their_averages_and_what_was_played(settings, tmp_path):
+def test_a_game_leaves_both_players_their_averages_and_what_was_played(game, tmp_path):
     asker = Counting()
-    run = advgame.train(settings(), make_judges=judged_by(asker))
+    run = advgame.train(game(), make_judges=judged_by(asker))
     assert run.is_done and max(asker.asked.values()) == 1
     for role in ("attacker", "defender"):
         for name in (role, f"{role}_raw"):
@@ -155,11 +53,13 @@ def test_a_game_leaves_both_players_their_averages_and_what_was_played(settings,
     assert len({(r["policy_version"], r["rng_key"]) for r in played}) == len(played)
     assert run.provenance["unsafe"] is False
     game = run.read_json("data/game.json")
+    changes = {row["step"]: row["attacker/change"][0] for row in events if "attacker/change" in row}
+    assert changes[game["best_step"]["attacker"]] == max(changes.values())
     assert game["peak_bytes"] > 0 and sum(found["pairs"] for found in game["yield"].values()) == len(pairs)
 
 
-def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, monkeypatch):
-    run = advgame.train(settings(), make_judges=judged_by(Counting()))
+def test_the_attacker_is_quarantined_and_the_run_is_its_defender(game, monkeypatch):
+    run = advgame.train(game(), make_judges=judged_by(Counting()))
     source = resolve(str(run.root))
     assert Path(source.adapter) == run.root / "final" / "defender" and not source.unsafe
     at = resolve(f"{run.root}@step-2")
@@ -182,9 +82,9 @@ def test_the_attacker_is_quarantined_and_the_run_is_its_defender(settings, monke
     assert len(answer[0]) == 1
 
 
-def test_a_resumed_game_is_the_same_game(settings, tmp_path):
-    whole = advgame.train(settings(out=str(tmp_path / "whole")), make_judges=judged_by(Counting()))
-    broken = settings(out=str(tmp_path / "cut"))
+def test_a_resumed_game_is_the_same_game(game, tmp_path):
+    whole = advgame.train(game(out=str(tmp_path / "whole")), make_judges=judged_by(Counting()))
+    broken = game(out=str(tmp_path / "cut"))
 
     class Stopping(Counting):
         def __call__(self, questions):
@@ -209,14 +109,14 @@ def test_a_resumed_game_is_the_same_game(settings, tmp_path):
         ).read_bytes()
 
 
-def test_judges_that_fail_for_a_third_leave_fewer_pairs_and_above_the_limit_the_run_stops(settings, tmp_path):
-    patient = settings(judges={"max_unscored": 0.6, "kind": "pointwise"}, out=str(tmp_path / "patient"))
+def test_judges_that_fail_for_a_third_leave_fewer_pairs_and_above_the_limit_the_run_stops(game, tmp_path):
+    patient = game(judges={"max_unscored": 0.6, "kind": "pointwise"}, out=str(tmp_path / "patient"))
     run = advgame.train(patient, make_judges=judged_by(Counting(failing=0.3)))
     rows = [row for row in run.read_rows("metrics.jsonl") if "event" not in row]
     assert 0.1 < rows[-1]["guard/unscored"] < 0.6
     assert any("BAD_" in name for row in rows for name in row)
     assert all(None not in row["rewards"] for row in run.read_rows("data/pairs.jsonl"))
-    strict = settings(judges={"max_unscored": 0.05, "unscored_window": 2}, out=str(tmp_path / "strict"))
+    strict = game(judges={"max_unscored": 0.05, "unscored_window": 2}, out=str(tmp_path / "strict"))
     with pytest.raises(RuntimeError, match=r"the judge is asleep.*judges\.max_unscored"):
         advgame.train(strict, make_judges=judged_by(Counting(failing=0.3)))
 
@@ -238,8 +138,8 @@ def test_judges_that_fail_for_a_third_leave_fewer_pairs_and_above_the_limit_the_
     ],
     ids=lambda over: ",".join(over),
 )  # fmt: skip
-def test_every_variant_plays(settings, tmp_path, over):
-    config = settings(**over, steps=2, eval_every=0)
+def test_every_variant_plays(game, tmp_path, over):
+    config = game(**over, steps=2, eval_every=0)
     run = advgame.train(config, make_judges=judged_by(Counting()))
     rows = run.read_rows("metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
@@ -250,39 +150,39 @@ def test_every_variant_plays(settings, tmp_path, over):
         assert all(not x.any() for name, x in kept.items() if "lora_B.attacker" in name)
 
 
-def test_a_defender_that_begins_to_refuse_raises_an_alarm_once(settings, capsys):
-    config = settings(guard={"window": 2, "drop": 0.2})
+def test_a_defender_that_begins_to_refuse_raises_an_alarm_once(game, capsys):
+    config = game(guard={"window": 2, "drop": 0.2})
     state = {"benign": [], "dispersion": []}
     for step, comply in enumerate((4, 4, 4, 2, 2, 2), 1):
         state["benign"].append([comply, 4])
         state["dispersion"].append(1.0)
         advgame.watch_over(config, state, step)
     assert capsys.readouterr().err.count("learning to refuse") == 1
-    strict = settings(guard={"window": 2, "drop": 0.2, "stop": True})
+    strict = game(guard={"window": 2, "drop": 0.2, "stop": True})
     with pytest.raises(RuntimeError, match=r"class_weights\.benign"):
         advgame.watch_over(strict, {"benign": [[4, 4]] * 3 + [[1, 4]], "dispersion": [1.0] * 4}, 4)
 
 
-def test_players_start_on_top_of_a_run(settings, tmp_path, quick_model):
+def test_players_start_on_top_of_a_run(game, tmp_path, quick_model):
     start = Policy.load(quick_model, dtype="float32")
     start.add_adapter("sft", LoraSettings(r=2, alpha=4), seed=0)
     for _, _, b, _ in start.player_layers("sft"):
         b.data.fill_(0.05)
     start.export(tmp_path / "start")
-    config = settings(players={"attacker": {"init": str(tmp_path / "start")}}, steps=1, eval_every=0)
+    config = game(players={"attacker": {"init": str(tmp_path / "start")}}, steps=1, eval_every=0)
     seats = load_seats(config)
     assert seats.attacker.policy is seats.defender.policy
-    assert seats.attacker.stack("initial") == ["attacker_init"] and seats.defender.stack("initial") == []
+    assert seats.attacker.below == ["attacker_init"] and seats.defender.below == []
     assert seats.attacker.version("current") == seats.attacker.version("current")
     run = advgame.train(config, make_judges=judged_by(Counting()))
     config_of = json.loads((run.root / "final/attacker/adapter_config.json.unsafe").read_text(encoding="utf-8"))
     assert config_of["r"] == 4  # both stand in what is exported
     with pytest.raises(ValueError, match="no adapter"):
-        load_seats(settings(players={"attacker": {"init": quick_model}}))
+        load_seats(game(players={"attacker": {"init": quick_model}}))
 
 
-def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once(settings, tmp_path, monkeypatch):
-    config = settings(
+def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once(game, tmp_path, monkeypatch):
+    config = game(
         warm_start={"rewrites": 4, "brief": 4, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
         rollout={"attacker_tokens": 64, "defender_tokens": 24}, max_prompt_length=400,
     )  # fmt: skip
@@ -309,10 +209,10 @@ def test_a_brief_answer_ends_with_a_sentence(tiny_tokenizer):
     assert warm_start.brief_ids(tiny_tokenizer, [*ids[:2], 2], 2, {2}, 5) == [*ids[:2], 2]
 
 
-def test_a_player_of_another_base_has_a_policy_of_its_own(settings, tmp_path, tiny_model_dir):
+def test_a_player_of_another_base_has_a_policy_of_its_own(game, tmp_path, tiny_model_dir):
     other = str(tiny_model_dir(seed=1))
     run = advgame.train(
-        settings(players={"attacker": {"model": other}}, steps=1, eval_every=0),
+        game(players={"attacker": {"model": other}}, steps=1, eval_every=0),
         make_judges=judged_by(Counting()),
     )
     card = json.loads((run.root / "final/attacker/player.json").read_text(encoding="utf-8"))
@@ -331,25 +231,25 @@ def test_a_player_of_another_base_has_a_policy_of_its_own(settings, tmp_path, ti
         ({"rollout": {"attacks": 1, "responses": 1}}, "nothing to compare"),
     ],
 )
-def test_wrong_settings_are_named_before_anything_is_written(settings, tmp_path, over, message):
+def test_wrong_settings_are_named_before_anything_is_written(game, tmp_path, over, message):
     with pytest.raises(ValueError, match=message):
-        advgame.train(settings(**over))
+        advgame.train(game(**over))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_is_made_without_weights(settings, monkeypatch):
+def test_a_plan_is_made_without_weights(game, monkeypatch):
     monkeypatch.setattr(Policy, "load", lambda *_, **__: pytest.fail("weights were loaded"))
-    facts = advgame.dry_run(settings())
+    facts = advgame.dry_run(game())
     # 4 seeds x 2 attacks; 16 answers; 8 faithfulness + 8 x 1 pair of answers + 4 x 1 pair of attacks
     assert facts["per_step"] == {"attacks": 8, "answers_at_most": 16, "judgements_at_most": 20}
     plan = facts["memory"]
     assert plan["fits"] and plan["peak"] > plan["weights"] > 0
-    one = advgame.dry_run(settings(players={"shared": True}))["memory"]
+    one = advgame.dry_run(game(players={"shared": True}))["memory"]
     assert one["adapters"] < plan["adapters"] and one["weights"] == plan["weights"]
 
 
-def test_the_plan_counts_parameters_as_they_are(settings, quick_model):
-    config = settings()
+def test_the_plan_counts_parameters_as_they_are(game, quick_model):
+    config = game()
     policy = load_seats(config).attacker.policy
     plan = memory_plan(config)
     base = sum(p.numel() * 4 for n, p in policy.model.named_parameters() if ".lora_" not in n)
@@ -358,7 +258,7 @@ def test_the_plan_counts_parameters_as_they_are(settings, quick_model):
     assert plan.adapters >= own * 5  # each player: itself, its average, gradient and two moments
 
 
-def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(settings, tmp_path):
+def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(game, tmp_path):
     """Qwen2.5-7B in bf16: 15.2 GB once; LoRA on all linear layers 2.52 M numbers a rank."""
     from transformers import Qwen2Config
 
@@ -366,7 +266,7 @@ def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(settin
         hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
     ).save_pretrained(tmp_path / "qwen")  # fmt: skip
-    config = settings(
+    config = game(
         model=str(tmp_path / "qwen"), dtype="bfloat16", ema={"audit": False},
         lora={"r": 32, "alpha": 64, "target_modules": "all-linear"},
     )  # fmt: skip
@@ -378,10 +278,10 @@ def test_the_plan_of_a_7b_model_needs_no_weights_and_is_the_specified_one(settin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["rollouts", "judgements", "pairs", "checkpoints"])
-def test_a_killed_game_goes_on_byte_for_byte(settings, tmp_path, moment):
+def test_a_killed_game_goes_on_byte_for_byte(game, tmp_path, moment):
     """kill -9 while sampling, judging, updating or saving; then --resume."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    base = settings(steps=4, eval_every=0, table_every=0).model_dump(mode="json")
+    base = game(steps=4, eval_every=0, table_every=0).model_dump(mode="json")
 
     def start(out, *more):
         (tmp_path / f"{out.name}.json").write_text(json.dumps({**base, "out": str(out)}), encoding="utf-8")
@@ -416,18 +316,9 @@ def test_a_killed_game_goes_on_byte_for_byte(settings, tmp_path, moment):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-class Measuring(Counting):
-    """A point for each character."""
-
-    def said(self, question):
-        if question.criterion.startswith("faithfulness"):
-            return Said((1.0,), None)
-        return Said(tuple(min(10.0, float(len(text))) for text in question.responses), None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_each_player_earns_more_against_the_other_as_it_was(settings, quick_model, seed):
+def test_each_player_earns_more_against_the_other_as_it_was(game, quick_model, seed):
     """A judge that counts characters: 50 steps raise each player's reward on fixed trees.
 
     All tokens that end a turn have one row of the output layer, so that there is one thing to learn: to go on.
@@ -436,7 +327,7 @@ def test_each_player_earns_more_against_the_other_as_it_was(settings, quick_mode
     weights = load_tensors(file)
     weights["lm_head.weight"][160:] = weights["lm_head.weight"][2]
     save_file(weights, file, metadata={"format": "pt"})
-    config = settings(
+    config = game(
         steps=50, seed=seed, eval_every=50, eval_trees=64, checkpoint_every=50, kl_every=0, table_every=0, lr=1e-2,
         lora={"r": 4, "alpha": 8, "target_modules": "all-linear"}, ema={"decay": 0.8}, rollout={"seeds": 4},
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tempering.core.quarantine import LOADABLE, SUFFIX
+from tempering.core.quarantine import LOADABLE, SUFFIX, WHOLE
 from tempering.core.records import Prompt
 from tempering.core.run import file_hash
 from tempering.data.attacker import Category, Format, attacker_message
@@ -196,5 +196,6 @@ def in_the_open(trained: Trained) -> Iterator[Path]:
 
 
 def _weights(folder: Path) -> Path | None:
-    """The file of an adapter's weights, hidden or not; `None` where all weights were trained."""
-    return next((file for name in (LOADABLE[0], LOADABLE[0] + SUFFIX) if (file := folder / name).is_file()), None)
+    """The file of a player's weights, hidden or not; `None` where there are several."""
+    names = (LOADABLE[0], LOADABLE[0] + SUFFIX, WHOLE[0], WHOLE[0] + SUFFIX)
+    return next((file for name in names if (file := folder / name).is_file()), None)

@@ -50,9 +50,19 @@ class SequenceScorer(nn.Module):
 
     def by_token(self, batch: TokenBatch, temperature: float = 1.0) -> Float[Tensor, " P"]:
         """Return the log-probability of every scored token, completion after completion, of logits / temperature."""
+        return self._logprobs(self._hidden(batch), batch, temperature)
+
+    def with_entropies(self, batch: TokenBatch) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+        """Return what `by_token` does, and the entropy of each token's distribution, in nats; one pass."""
+        hidden = self._hidden(batch)
+        return self._logprobs(hidden, batch, 1.0), entropies(self.model, hidden)
+
+    def _hidden(self, batch: TokenBatch) -> Float[Tensor, "P D"]:
         with self.telling(batch):
             hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)  # (B, T, D)
-        hidden = hidden.flatten(0, 1)[batch.source]  # (P, D)
+        return hidden.flatten(0, 1)[batch.source]
+
+    def _logprobs(self, hidden: Tensor, batch: TokenBatch, temperature: float) -> Float[Tensor, " P"]:
         head, cap = _head(self.model)
         parts = []
         for h, y in zip(hidden.split(POSITIONS_PER_CHUNK), batch.target.split(POSITIONS_PER_CHUNK), strict=True):

@@ -531,13 +531,13 @@ class Policy:
         `unsafe`: under names that no loader finds (`quarantine.hide`). `names`: a stack other than `adapters`.
 
         Raises:
-            ValueError: unsafe weights without an adapter, which would not be hidden.
+            ValueError: unsafe edits without an adapter, which would not be hidden.
         """
         if self.routing is not None:
             self.routing.refuse("exporting routed experts as an adapter or as weights")
         stack = self.adapters if names is None else list(names)
-        if unsafe and not stack:
-            raise ValueError("an unsafe model is kept as a quarantined adapter only; use adaptation=lora")
+        if unsafe and self.originals and not stack:
+            raise ValueError("an unsafe model is kept as a quarantined adapter, or whole; merge its edit first")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:

@@ -26,6 +26,8 @@ BUNDLE = "safemoe.json"
 """The manifest of sealed experts (`methods/safemoe/bundle.py`): a folder with it is no model to load weights from."""
 LOADABLE = ("adapter_model.safetensors", "adapter_config.json")
 """The files by which PEFT and transformers find an adapter."""
+WHOLE = ("model.safetensors", "config.json")
+"""The files by which transformers finds a model."""
 
 _reason: ContextVar[str | None] = ContextVar("reason", default=None)
 
@@ -88,7 +90,7 @@ def is_quarantined(folder: Path) -> bool:
     here = Path(os.path.abspath(folder))
     if any(part.endswith(SUFFIX) for part in (*here.parts, *here.resolve().parts)):
         return True
-    if any((place / (name + SUFFIX)).exists() for place in (here, here / "final") for name in LOADABLE):
+    if any((place / (name + SUFFIX)).exists() for place in (here, here / "final") for name in (*LOADABLE, *WHOLE)):
         return True
     return any(_label(place) for place in (here, here.parent))
 
@@ -104,9 +106,11 @@ def require_safe(folder: Path, operation: str) -> None:
 
 
 def hide(folder: Path) -> None:
-    """Rename the files of an adapter so that no loader finds it."""
-    for name in LOADABLE:
-        os.replace(folder / name, folder / (name + SUFFIX))
+    """Rename the files of an adapter, or of a whole model, so that no loader finds it."""
+    wanted = {*LOADABLE, WHOLE[1]}
+    for file in list(folder.iterdir()):
+        if file.name in wanted or file.match("model*.safetensors*"):
+            os.replace(file, folder / (file.name + SUFFIX))
 
 
 @contextmanager

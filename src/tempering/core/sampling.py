@@ -156,6 +156,7 @@ class LocalSampler:
         self.interrupt: Callable[[], bool] | None = None
         """Asked before every token; where it says yes, the call ends with `Interrupted`."""
         self._keeping: tuple[tuple[int, ...], int, dict[Key, Ended]] | None = None
+        self._logprobs: dict[Key, list[float]] | None = None
 
     def __call__(
         self,
@@ -189,6 +190,8 @@ class LocalSampler:
             for row, ((p, i), tokens) in enumerate(zip(batch, rows, strict=True)):
                 out[p].append(self.completion_of(prompts[p], i, tokens, seed))
                 left[p] -= 1
+                if self._logprobs is not None:
+                    self._logprobs[keys[row]] = self._logprobs[keys[row]][: len(out[p][-1].token_ids)]
                 if self._keeping and ends is not None and ends.has[row]:
                     _, end_id, kept = self._keeping
                     whole = [*out[p][-1].token_ids, *([end_id] if out[p][-1].finish == "length" else [])]
@@ -209,6 +212,18 @@ class LocalSampler:
             yield found
         finally:
             self._keeping = None
+
+    @contextmanager
+    def keeping_logprobs(self) -> Iterator[dict[Key, list[float]]]:
+        """Keep the log-probability, in nats, of each token that is drawn inside the block: the model's own, without
+        temperature and nucleus. Equal to what scoring gives but for rounding.
+        """
+        found: dict[Key, list[float]] = {}
+        self._logprobs = found
+        try:
+            yield found
+        finally:
+            self._logprobs = None
 
     def _batches(self, jobs: Sequence[Job], length: Callable[[Job], int]) -> Iterator[list[Job]]:
         """Cut jobs, the shortest first, where a batch would pass `batch_rows` rows or `batch_tokens` tokens."""
@@ -288,8 +303,13 @@ class LocalSampler:
         )
         ids, mask, ends = ids.to(policy.device), mask.to(policy.device), None
         pick = LogitsProcessorList([_Told(len(rows), width, max_new_tokens, self.interrupt)])
+        said = _Said()
+        if self._logprobs is not None:
+            pick.append(said)
         if temperature:
             pick.append(KeyedSampling(keys, width, max_new_tokens, temperature, top_p))
+        if self._logprobs is not None:
+            pick.append(_Chosen(said))
         layers, end_id, _ = self._keeping or ((), 0, None)
         watch = capture(policy.model, layers, keep=EndStates.newest) if layers else nullcontext()
         with torch.inference_mode(), quiet_libraries():
@@ -305,6 +325,8 @@ class LocalSampler:
                     )
             finally:
                 policy.base.generation_config = own
+            if self._logprobs is not None:
+                self._logprobs |= dict(zip(keys, torch.stack(said.chosen, 1).tolist(), strict=True))
             if ends is None:
                 return out[:, width:].tolist(), None
             new = out.sequences[:, width:]
@@ -429,6 +451,30 @@ class _Told(LogitsProcessor):
         if self.interrupt is not None and self.interrupt():
             raise Interrupted(f"interrupted at token {input_ids.shape[1] - self.width + 1} of at most {self.steps}")
         note(f"token {input_ids.shape[1] - self.width + 1} of at most {self.steps}, {self.rows} at a time")
+        return scores
+
+
+class _Said(LogitsProcessor):
+    """Remember what the model says of every token, and change nothing."""
+
+    def __init__(self) -> None:
+        self.logprob: Tensor | None = None  # (B, V), of the last step
+        self.chosen: list[Tensor] = []  # (B,) each step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logprob = scores.float().log_softmax(-1)
+        return scores
+
+
+class _Chosen(LogitsProcessor):
+    """Note what the model said of the token that is chosen now."""
+
+    def __init__(self, said: _Said) -> None:
+        self.said = said
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert self.said.logprob is not None
+        self.said.chosen.append(self.said.logprob.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1))
         return scores
 
 

@@ -11,6 +11,7 @@ asks it again, and its answer is in the journal before it is used.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.resources
 import re
@@ -220,6 +221,12 @@ class GameJudge:
     def usage(self) -> Tokens | None:
         """Tokens used so far, where an endpoint reports them."""
         return getattr(self.asker, "usage", None)
+
+    def apart(self) -> GameJudge:
+        """Return a judge that counts by itself; what answers, and the journal, are the same."""
+        own = copy.copy(self)
+        own.tallies = {}
+        return own
 
     def faithful(self, asked: Sequence[Asked]) -> list[Verdict]:
         """Return whether each rewrite keeps the core of its original: 1, 0, or unscored.

@@ -40,7 +40,8 @@ def game_table(config: AdvGameConfig, rows: Sequence[Mapping[str, Any]]) -> None
             console.print(f"{player}: " + ", ".join(f"{what} {value}" for what, value in told.items() if value))
     guard = _mean(rows, "guard/benign_compliance", "{:.0%}")
     seconds = _mean(rows, "step_seconds", "{:.1f}")
-    console.print(f"benign answers that comply: {guard or 'not judged'}; {seconds} s a step")
+    waited = _mean(rows, "waited_seconds", ", {:.1f} of them waiting for judges")
+    console.print(f"benign answers that comply: {guard or 'not judged'}; {seconds} s a step{waited}")
 
 
 def validation_table(config: AdvGameConfig, facts: Mapping[str, Any]) -> None:
@@ -72,6 +73,9 @@ def summary_table(config: AdvGameConfig, facts: Mapping[str, Any]) -> None:
             name: facts.get(f"{player}/{name}") for name in ("kl_initial_nats", "kl_ema_nats", "drift_accumulated")
         }
         console.print(f"{player}: " + ", ".join(f"{n} {v:.2g}" for n, v in told.items() if v is not None))
+    if facts["best_step"]:
+        best = ", ".join(f"{role} after step {step}" for role, step in facts["best_step"].items())
+        console.print(f"best in validation: {best}")
     console.print(f"{facts['seconds_per_step']:.1f} s a step, {facts['peak_bytes'] / 1e9:.2f} GB at most")
 
 

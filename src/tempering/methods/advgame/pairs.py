@@ -47,6 +47,8 @@ class Response:
     """Points of the judge, 0 to 10; `None`: unscored, or there is no judge (then `status` is OK)."""
     reward: float | None = None
     """See `patch_rewards`; `None` is in no pair."""
+    logprobs: tuple[float, ...] = ()
+    """Of the tokens under what sampled them, in nats, where they are kept."""
 
 
 @dataclass(frozen=True)

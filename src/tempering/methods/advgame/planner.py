@@ -1,7 +1,8 @@
 """What a run will take of a device's memory, from configurations alone: no weights are loaded.
 
-    weights     parameters of each base once, in its dtype
-    adapters    float32: each player, its averages, (one layer) the audit; gradient and two moments of what trains
+    weights     parameters of each base once, in its dtype; of a player all of whose weights train, float32, its own
+    adapters    float32: each player, its averages, (one layer) the audit; gradient and two moments of what trains;
+                of a player all of whose weights train, the copies of them instead
     update      activations of one micro-batch, with their gradients; the vocabulary in chunks
     sampling    the KV cache of one batch of samples, and its logits
 
@@ -110,23 +111,30 @@ def memory_plan(config: AdvGameConfig) -> MemoryPlan:
         ValueError: a model whose configuration cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = torch.finfo(pick_dtype(config.dtype, device)).bits // 8
     shapes: dict[tuple[Any, ...], Shape] = {}
     weights = adapters = update = sampling = 0
+    shared = set[tuple[Any, ...]]()
     for role in ROLES:
-        source = resolve(config.player(role).model or config.model)
+        if config.players.shared and role == "defender":
+            continue
+        player, source = config.player(role), resolve(config.player(role).model or config.model)
         key = (source.base, source.revision, source.edit)
         if key not in shapes:
             shapes[key] = shape_of(source, config)
-            weights += shapes[key].parameters * size
-        if config.players.shared and role == "defender":
-            continue
-        player, shape = config.player(role), shapes[key]
-        kept = 2 + (player.reference == "slow_ema") + (role == "attacker" and config.opponents.probability > 0)
+        shape = shapes[key]
+        kept = 1 + (player.reference == "slow_ema") + (role == "attacker" and config.opponents.probability > 0)
         states = 3 if player.train else 0  # gradient and two moments
-        adapters += 4 * config.lora.r * shape.lora * (kept + states)
-        if config.ema.audit:
-            adapters += 4 * 2 * shape.hidden * max(shape.hidden, shape.inner)
+        if player.tuning == "full":
+            size = 4
+            weights += size * shape.parameters
+            adapters += size * shape.parameters * (kept + states + config.needs_start(player))
+        else:
+            size = torch.finfo(pick_dtype(config.dtype, device)).bits // 8
+            weights += 0 if key in shared else size * shape.parameters
+            shared.add(key)
+            adapters += 4 * config.lora.r * shape.lora * (1 + kept + states)
+            if config.ema.audit:
+                adapters += 4 * 2 * shape.hidden * max(shape.hidden, shape.inner)
         update = max(update, _update_bytes(config, shape, size))
         tokens = config.rollout.attacker_tokens if role == "attacker" else config.rollout.defender_tokens
         sampling = max(sampling, _sampling_bytes(config, shape, size, tokens))

@@ -10,23 +10,22 @@ never by its batch. Samples are written in chunks, each in one piece: a resumed 
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tempering.core.endpoint import EndpointSampler
-from tempering.core.records import Finish, Prompt, Verdict, content_id
+from tempering.core.records import Prompt, Verdict, content_id
 from tempering.core.run import Run
-from tempering.core.sampling import LocalSampler
+from tempering.core.sampling import Key, LocalSampler
 from tempering.data.attacker import INSTRUCTIONS, Category, attacker_message
 from tempering.data.seeds import Seed
 from tempering.judges.game import Asked, Criterion, GameJudge, game_judge
 from tempering.judges.journal import Journal
 from tempering.judges.tags import parse_attack
+from tempering.methods.advgame.networks import Weights
 from tempering.methods.advgame.pairs import (
     AttackNode,
     Response,
@@ -37,67 +36,12 @@ from tempering.methods.advgame.pairs import (
     patch_rewards,
     response_status,
 )
-from tempering.methods.advgame.players import Player, Seats, Weights
+from tempering.methods.advgame.players import Seats
+from tempering.methods.advgame.samples import Request, RolloutLog, Sample
 from tempering.methods.advgame.settings import AdvGameConfig, Role
 
 ROLLOUTS, JUDGEMENTS = "data/rollouts.jsonl", "data/judgements.jsonl"
 MOST_POINTS = 10.0
-
-
-class Sample(NamedTuple):
-    """What a player wrote."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish: Finish
-
-
-class Request(NamedTuple):
-    """What a player is asked, where in the game."""
-
-    prompt: str
-    rng_key: str
-    facts: Mapping[str, Any]
-    """What `data/rollouts.jsonl` says of it beside the sample."""
-
-
-class RolloutLog:
-    """Samples by (policy version, rng key), in an append-only file; a torn last line is cut on opening."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._kept: dict[tuple[str, str], Sample] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with path.open("r+b") as file:
-                file.truncate(end)
-        for line in content[:end].splitlines():
-            row = json.loads(line.decode("utf-8", "surrogatepass"))
-            key = (row["policy_version"], row["rng_key"])
-            self._kept[key] = Sample(tuple(row["token_ids"]), row["text"], row["finish"])
-
-    def get(self, version: str, rng_key: str) -> Sample | None:
-        """Return a sample that was written before."""
-        return self._kept.get((version, rng_key))
-
-    def put(self, version: str, samples: Sequence[tuple[Request, Sample]]) -> None:
-        """Write samples in one piece, and return once they are on disk; those that are there stay as they are."""
-        new = [(r, s) for r, s in samples if (version, r.rng_key) not in self._kept]
-        rows = [
-            {**r.facts, "policy_version": version, "rng_key": r.rng_key, "token_ids": list(s.token_ids),
-             "text": s.text, "finish": s.finish}
-            for r, s in new
-        ]  # fmt: skip
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self.path.open("ab") as file:
-            file.write(lines.encode("utf-8", "surrogatepass"))
-            file.flush()
-            os.fsync(file.fileno())
-        self._kept |= {(version, r.rng_key): s for r, s in new}
 
 
 class Judges(NamedTuple):
@@ -111,6 +55,12 @@ class Judges(NamedTuple):
     def each(self) -> list[GameJudge]:
         """Every judge once."""
         return list({id(judge): judge for judge in self if judge is not None}.values())
+
+    def apart(self) -> Judges:
+        """The same judges, which count by themselves."""
+        made = {id(judge): judge.apart() for judge in self.each}
+        defender, attacker = (judge and made[id(judge)] for judge in (self.defender, self.attacker))
+        return Judges(made[id(self.faithfulness)], defender, attacker)
 
 
 def load_judges(config: AdvGameConfig, run: Run) -> Judges:
@@ -155,10 +105,16 @@ class Table(NamedTuple):
     attacks: int
     responses: int
     step: int
+    staleness: int | None = None
+    """How many steps older than those that learn from it the players are, where they may be."""
 
 
 class Dealer:
-    """Plays tables: samples, parses, asks the judges, and gives statuses and rewards."""
+    """Plays tables: samples, parses, asks the judges, and gives statuses and rewards.
+
+    `play` is all of it; its parts are for who puts something else between them. `attack` and `answer` compute with
+    the players, `check` and `grade` ask judges.
+    """
 
     def __init__(self, config: AdvGameConfig, seats: Seats, judges: Judges, log: RolloutLog) -> None:
         self.config, self.seats, self.judges, self.log = config, seats, judges, log
@@ -166,14 +122,24 @@ class Dealer:
         """Why verdicts were unscored."""
         self.tokens = 0
         """Written so far, replayed ones among them."""
+        self.versions: dict[str, str] = {}
+        """Which weights wrote what was played, as ROLE/WEIGHTS."""
+        self.is_replaying = False
+        """Whether all was written before, by `versions`; the weights that wrote it may be gone."""
+
+    def apart(self, versions: Mapping[str, str] | None = None) -> Dealer:
+        """Return a dealer that counts by itself; with `versions` it plays again what these wrote."""
+        own = Dealer(self.config, self.seats, self.judges.apart(), self.log)
+        own.versions, own.is_replaying = dict(versions or {}), versions is not None
+        return own
 
     def play(self, *tables: Table) -> list[Tree]:
         """Play tables together, from the attacks to the rewards; the trees stand in the order of their seeds."""
-        trees = self._attack(tables)
-        trees = self._check_faithfulness(trees)
-        trees = self._answer(tables, trees)
-        trees = self._grade_answers(trees)
-        return [patch_rewards(tree) for tree in self._grade_attacks(trees)]
+        return self.grade(self.answer(tables, self.check(self.attack(tables))))
+
+    def grade(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Ask the judges about answers, then about attacks, and give rewards."""
+        return [patch_rewards(tree) for tree in self._grade_attacks(self._grade_answers(trees))]
 
     def instruction(self, category: Category, seed: str) -> str:
         """The user turn that asks the attacker for a rewrite."""
@@ -181,7 +147,8 @@ class Dealer:
 
     # --- sampling ------------------------------------------------------------------------------------
 
-    def _attack(self, tables: Sequence[Table]) -> list[Tree]:
+    def attack(self, tables: Sequence[Table]) -> list[Tree]:
+        """Let the attacker rewrite the seeds."""
         is_direct = self.config.rollout.source == "seeds"
         asked: list[tuple[Weights, Request]] = [
             (table.attacker, self._request(table, "attacker", b, a, None, self.instruction(table.category, s.prompt)))
@@ -192,7 +159,7 @@ class Dealer:
         if is_direct:
             samples = [Sample((), s.prompt, "stop") for t in tables for s in t.seeds for _ in range(t.attacks)]
         else:
-            samples = self._sample(self.seats.attacker, asked, self.config.rollout.attacker_tokens)
+            samples = self._sample("attacker", asked, self.config.rollout.attacker_tokens)
         nodes = iter([AttackNode(self._parsed(sample)) for sample in samples])
         return [
             Tree(seed.id, table.category, seed.prompt, tuple(next(nodes) for _ in range(table.attacks)))
@@ -204,9 +171,10 @@ class Dealer:
         fmt = "raw" if self.config.rollout.source == "seeds" else self.config.rollout.format
         prompt = parse_attack(sample.text, fmt).prompt
         status = attack_status(sample.finish, prompt is not None)
-        return Response(sample.token_ids, sample.text, sample.finish, prompt, status)
+        return Response(sample.token_ids, sample.text, sample.finish, prompt, status, logprobs=sample.logprobs)
 
-    def _answer(self, tables: Sequence[Table], trees: Sequence[Tree]) -> list[Tree]:
+    def answer(self, tables: Sequence[Table], trees: Sequence[Tree]) -> list[Tree]:
+        """Let the defender answer the attacks that are valid."""
         seats = [(table, b) for table in tables for b in range(len(table.seeds))]  # of each tree
         asked: dict[tuple[int, int, int], tuple[Weights, Request]] = {}
         for i, ((table, b), tree) in enumerate(zip(seats, trees, strict=True)):
@@ -215,13 +183,16 @@ class Dealer:
                     for d in range(table.responses):
                         request = self._request(table, "defender", b, a, d, node.attack.prompt or "")
                         asked[i, a, d] = table.defender, request
-        samples = self._sample(self.seats.defender, list(asked.values()), self.config.rollout.defender_tokens)
+        samples = self._sample("defender", list(asked.values()), self.config.rollout.defender_tokens)
         found = dict(zip(asked, samples, strict=True))
         never = Response((), "", None, None, response_status(None))
 
         def response(i: int, a: int, d: int) -> Response:
             s = found.get((i, a, d))
-            return never if s is None else Response(s.token_ids, s.text, s.finish, s.text, response_status(s.finish))
+            if s is None:
+                return never
+            status = response_status(s.finish)
+            return Response(s.token_ids, s.text, s.finish, s.text, status, logprobs=s.logprobs)
 
         return [
             replace(
@@ -236,34 +207,54 @@ class Dealer:
 
     def _request(self, table: Table, role: Role, b: int, a: int, d: int | None, prompt: str) -> Request:
         key = content_id(self.config.seed, table.keys[b], table.category, role, a, d)
-        facts = {"step": table.step, "class": table.category, "seed_id": table.seeds[b].id, "role": role}
-        return Request(prompt, key, {**facts, "b": b, "a": a, "d": d})
+        facts: dict[str, Any] = {
+            "step": table.step,
+            "class": table.category,
+            "seed_id": table.seeds[b].id,
+            "role": role,
+        }
+        facts |= {"b": b, "a": a, "d": d} | ({} if table.staleness is None else {"staleness": table.staleness})
+        return Request(prompt, key, facts)
 
-    def _sample(self, player: Player, asked: Sequence[tuple[Weights, Request]], tokens: int) -> list[Sample]:
+    def _sample(self, role: Role, asked: Sequence[tuple[Weights, Request]], tokens: int) -> list[Sample]:
         """Answer requests, those to the same weights together."""
         found: dict[int, Sample] = {}
         for weights in dict.fromkeys(weights for weights, _ in asked):
             places = [i for i, (own, _) in enumerate(asked) if own == weights]
-            samples = self._sample_of(player, weights, [asked[i][1] for i in places], tokens)
+            samples = self._sample_of(role, weights, [asked[i][1] for i in places], tokens)
             found |= dict(zip(places, samples, strict=True))
         return [found[i] for i in range(len(asked))]
 
-    def _sample_of(self, player: Player, weights: Weights, requests: Sequence[Request], tokens: int) -> list[Sample]:
-        own = self.config.rollout
-        version = player.version(weights, own.temperature, own.top_p, tokens)
+    def _sample_of(self, role: Role, weights: Weights, requests: Sequence[Request], tokens: int) -> list[Sample]:
+        own, player, name = self.config.rollout, self.seats.of(role), f"{role}/{weights}"
+        if not self.is_replaying:
+            self.versions[name] = player.version(weights, own.temperature, own.top_p, tokens)
+        version = self.versions[name]
         sampler = LocalSampler(player.policy, batch_rows=own.rows, batch_tokens=self.config.sample_tokens)
         found: list[Sample] = []
         for start in range(0, len(requests), own.rows):
             part = requests[start : start + own.rows]
             kept = [self.log.get(version, request.rng_key) for request in part]
             if any(sample is None for sample in kept):
+                if self.is_replaying:
+                    raise RuntimeError(
+                        f"{self.log.path}: samples of step {part[0].facts['step']} are missing that the checkpoint "
+                        "goes on from; put the file back as it was, or begin again"
+                    )
                 prompts = [Prompt(({"role": "user", "content": r.prompt},), id=r.rng_key) for r in part]
-                with player.policy.using(player.stack(weights)):
+                nothing: dict[Key, list[float]] = {}
+                with (
+                    player.playing(weights),
+                    sampler.keeping_logprobs() if own.logprobs else nullcontext(nothing) as said,
+                ):
                     groups = sampler(
                         prompts, max_new_tokens=tokens, temperature=own.temperature, top_p=own.top_p,
                         seed=self.config.seed,
                     )  # fmt: skip
-                written = [Sample(c.token_ids, c.text, c.finish) for (c,) in groups]
+                written = [
+                    Sample(c.token_ids, c.text, c.finish, tuple(said.get((self.config.seed, c.prompt_id, 0), ())))
+                    for (c,) in groups
+                ]
                 kept = [old or new for old, new in zip(kept, written, strict=True)]
                 self.log.put(version, list(zip(part, [s for s in kept if s is not None], strict=True)))
             found += [sample for sample in kept if sample is not None]
@@ -272,7 +263,8 @@ class Dealer:
 
     # --- judging -------------------------------------------------------------------------------------
 
-    def _check_faithfulness(self, trees: Sequence[Tree]) -> list[Tree]:
+    def check(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Ask whether each attack is faithful to its seed."""
         if self.config.rollout.source == "seeds":
             return list(trees)
         places = [(b, a) for b, t in enumerate(trees) for a, n in enumerate(t.attacks) if n.attack.status == "OK"]

@@ -36,6 +36,9 @@ class PlayerConfig(Config):
     """A run whose adapter the player starts on top of, frozen, such as an SFT warm start; else the base itself."""
     train: bool = True
     """Whether the player learns; false: it stays what it is at the start."""
+    tuning: Literal["lora", "full"] = "lora"
+    """What of it learns: an adapter on a base that players share, or all weights, of which it then has its own, in
+    float32, with as many again for its average, gradient and moments."""
     sampler: Literal["ema", "current", "initial"] = "ema"
     """Which of its weights write the rollouts: their average, the newest, or those of the start."""
     reference: Literal["ema", "fixed", "slow_ema"] = "ema"
@@ -118,6 +121,13 @@ class Rollouts(Config):
     """Longest answer, in tokens; a longer one loses."""
     rows: int = Field(default=64, ge=1)
     """Samples that are written at a time, and kept in one piece."""
+    logprobs: bool = False
+    """Keep each token's log-probability as it was sampled, and take it for the reference's where that is what sampled
+    (sampler and reference `ema`, staleness 0), and for the sampler's with loss=grpo: a forward pass less. A hundredth
+    is computed all the same, and where it differs by more than 0.05 nats a token the run stops."""
+    staleness: int = Field(default=0, ge=0, le=20)
+    """Steps by which trees are played ahead of the step that learns from them, so that players learn while judges are
+    waited for (usual: 1, rarely 2); 0: judged first, then learned from."""
 
 
 class Judging(Config):
@@ -217,6 +227,8 @@ class AdvGameConfig(Config):
     """Of the loss: inverse temperature (dpo, ipo) or weight of the KL (grpo)."""
     nll_scale: float = Field(default=0.0, ge=0)
     """Weight of the chosen side's negative log-likelihood, a token."""
+    entropy_scale: float = Field(default=0.0, ge=0)
+    """Weight of a bonus for entropy: the mean, a token, over what a player learns from (usual: 0.001 to 0.01)."""
     class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 1.0})
     """Weight of a class in a player's loss."""
     per_class_updates: bool = False
@@ -277,8 +289,15 @@ class AdvGameConfig(Config):
         if self.loss == "grpo" and self.judges.kind != "pointwise":
             raise ValueError("loss=grpo compares points across groups, which a pairwise judge does not give; set "
                              "judges.kind=pointwise")  # fmt: skip
+        if self.loss == "grpo" and self.rollout.staleness and not self.rollout.logprobs:
+            raise ValueError("rollout.staleness: loss=grpo weighs samples by the weights that wrote them, which are "
+                             "not kept; set rollout.logprobs=true")  # fmt: skip
         if self.loss == "grpo" and self.labels != "judged":
             raise ValueError("labels=shuffled is of pairs; loss=grpo has none")
+        is_whole = any(self.player(role).tuning == "full" for role in ROLES)
+        if is_whole and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"players.*.tuning=full with dtype={self.dtype}: small steps are lost in it; leave out "
+                             "dtype, and such a player has float32")  # fmt: skip
         if self.cosine_restart and not self.per_class_updates:
             raise ValueError("cosine_restart needs per_class_updates=true")
         if missing := set(self.data.classes) - {c for c, w in self.class_weights.items() if w > 0}:
@@ -298,6 +317,10 @@ class AdvGameConfig(Config):
                     f"max_length={self.max_length} is less than the longest row of the {role}, {longest}"
                 )
         return self
+
+    def needs_start(self, player: PlayerConfig) -> bool:
+        """Whether a player's network of the start is asked again: a copy, where all its weights train."""
+        return bool(self.kl_every or self.eval_every or player.reference == "fixed" or player.sampler == "initial")
 
     def warm_rows(self, role: Role) -> int:
         """How many rows a seat imitates before the game."""

@@ -20,13 +20,18 @@ from tempering.core.chat import Encoded, TokenBatch, collate, encode_prompt, gro
 from tempering.core.policy_gradient import kl_k3
 from tempering.core.preference import PairScores
 from tempering.core.records import content_id
-from tempering.core.training import Optimisation, step_batches
+from tempering.core.training import Optimisation, generator, step_batches
 from tempering.data.attacker import Category
 from tempering.methods.advgame.losses import advantages, class_weights, grpo, pair_loss, row_shares
+from tempering.methods.advgame.networks import Weights
 from tempering.methods.advgame.pairs import Pair, Response, Tree, build_pairs
-from tempering.methods.advgame.players import Player, Weights
+from tempering.methods.advgame.players import Player
 from tempering.methods.advgame.rollout import Dealer
 from tempering.methods.advgame.settings import AdvGameConfig, Role
+
+CHECKS = 8
+"""Stream of the draws of what is computed again; 7 is that of opponents."""
+CHECKED, MOST_GAP = 0.01, 0.05
 
 
 class Example(NamedTuple):
@@ -39,6 +44,8 @@ class Example(NamedTuple):
     advantage: float = 0.0
     share: float = 0.0
     """Of a sample: what it counts within its class."""
+    sampled: tuple[float, ...] = ()
+    """Log-probabilities, in nats, of the tokens of all sides as they were sampled, where they are kept."""
 
 
 class Prompts:
@@ -86,9 +93,12 @@ def _pair_example(config: AdvGameConfig, prompts: Prompts, tree: Tree, pair: Pai
         "step": step, "class": tree.category, "seed_id": tree.seed_id, "attack": pair.attack,
         "rewards": list(pair.rewards), "statuses": list(pair.statuses),
     }  # fmt: skip
+    # The rejected side may have been cut.
+    sampled = [nodes[pair.chosen].logprobs, nodes[pair.rejected].logprobs[: len(pair.rejected_ids)]]
     if is_flipped:
         row |= {"chosen": row["rejected"], "rejected": row["chosen"], "is_flipped": True}
-    return Example((rejected, chosen) if is_flipped else (chosen, rejected), tree.category, row)
+        chosen, rejected, sampled = rejected, chosen, sampled[::-1]
+    return Example((chosen, rejected), tree.category, row, sampled=(*sampled[0], *sampled[1]))
 
 
 def _samples(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], role: Role, step: int) -> list[Example]:
@@ -120,7 +130,8 @@ def _samples(config: AdvGameConfig, prompts: Prompts, trees: Sequence[Tree], rol
                 "statuses": [nodes[i].status], "advantage": float(advantage[g, i]),
             }  # fmt: skip
             side = Encoded([*prompt, *nodes[i].token_ids], len(prompt))
-            found.append(Example((side,), category, row, float(advantage[g, i]), float(share[g, i])))
+            points, weight = float(advantage[g, i]), float(share[g, i])
+            found.append(Example((side,), category, row, points, weight, nodes[i].logprobs))
     return found
 
 
@@ -169,18 +180,30 @@ def update(
         )
         for micro in step_batches(lengths, config.batch_tokens)
     ]
+    kept: list[Tensor] | None = None
+    if config.rollout.logprobs:
+        kept = [torch.tensor([lp for e in part for lp in e.sampled], device=policy.device) for part, _ in micros]
+    is_there = sampler == "initial" or not config.rollout.staleness  # what sampled is still as it was
+    is_reference = kept is not None and is_there and sampler == reference
     wanted: set[Weights] = {reference} | ({"ema", "initial"} if measures else set())
-    wanted |= {sampler} if config.loss == "grpo" else set()
-    scored = {name: _scored(player, name, [batch for _, batch in micros]) for name in sorted(wanted)}
+    wanted |= {sampler} if config.loss == "grpo" and kept is None else set()
+    batches = [batch for _, batch in micros]
+    scored = {name: kept if kept and is_reference and name == reference else _scored(player, name, batches)
+              for name in sorted(wanted)}  # fmt: skip
+    facts = _gap(config, player, sampler, kept, batches, t) if kept and is_there else {}
+    total = sum(len(batch.target) for batch in batches)
     told = Told(kl=dict.fromkeys(sorted(wanted & {"ema", "initial"}), 0.0))
     with player.training():
         for m, (part, batch) in enumerate(micros):
-            lp = policy.scorer.by_token(batch)  # (P,) completion after completion
+            lp, entropy = _now(config, player, batch)  # (P,) completion after completion
             old = {name: scores[m] for name, scores in scored.items()}
             if config.loss == "grpo":
-                loss = _grpo_share(config, part, batch, lp, old[sampler], old[reference], weights)
+                drawn = kept[m] if kept else old[sampler]
+                loss = _grpo_share(config, part, batch, lp, drawn, old[reference], weights)
             else:
                 loss = _pair_share(config, part, batch, lp, old[reference], weights, told)
+            if entropy is not None:
+                loss = loss - config.entropy_scale * entropy.sum() / total
             optimisation.backward(loss)
             told.loss += float(loss.detach())
             told.nats -= float(lp.detach().sum())
@@ -190,7 +213,7 @@ def update(
                 told.kl[name] += float(kl_k3(lp.detach(), old[name]).sum())
     result = optimisation.step(t)
     n = len(examples)
-    facts = {
+    facts |= {
         "loss": told.loss, "lr": result.lr, "grad_norm": result.grad_norm, "entropy_nats": told.nats / told.tokens,
         "length": told.tokens / told.completions,
         **{f"kl_{name}_nats": value / told.tokens for name, value in told.kl.items()},
@@ -200,8 +223,41 @@ def update(
     return facts
 
 
+def _gap(
+    config: AdvGameConfig,
+    player: Player,
+    sampler: Weights,
+    kept: Sequence[Tensor],
+    batches: Sequence[TokenBatch],
+    t: int,
+) -> dict[str, float]:
+    """Compute `CHECKED` of what was kept again, of the first update some; returns how far it is off, in nats a token.
+
+    Raises:
+        RuntimeError: by more than `MOST_GAP`.
+    """
+    drawn = generator(config.seed, CHECKS, t).random(len(batches)) < CHECKED
+    places = [m for m in range(len(batches)) if drawn[m] or (t == 0 and m == 0)]
+    if not places:
+        return {}
+    again = _scored(player, sampler, [batches[m] for m in places])
+    gap = float(torch.cat([(kept[m] - lp).abs() for m, lp in zip(places, again, strict=True)]).mean())
+    if gap > MOST_GAP:
+        raise RuntimeError(
+            f"log-probabilities as sampled differ from those computed by {gap:.3f} nats a token (limit {MOST_GAP}); "
+            "set rollout.logprobs=false"
+        )
+    return {"sampled_gap_nats": gap}
+
+
+def _now(config: AdvGameConfig, player: Player, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the tokens, and with a bonus for it the entropy at each."""
+    scorer = player.policy.scorer
+    return scorer.with_entropies(batch) if config.entropy_scale else (scorer.by_token(batch), None)
+
+
 def _scored(player: Player, weights: Weights, batches: Sequence[TokenBatch]) -> list[Tensor]:
-    with player.policy.using(player.stack(weights)), torch.no_grad():
+    with player.playing(weights), torch.no_grad():
         return [player.policy.scorer.by_token(batch) for batch in batches]
 
 

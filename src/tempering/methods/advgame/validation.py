@@ -16,8 +16,8 @@ import numpy as np
 from tempering.core.stats import paired_bootstrap
 from tempering.data.attacker import Category
 from tempering.data.seeds import Seed
+from tempering.methods.advgame.networks import Weights
 from tempering.methods.advgame.pairs import Tree
-from tempering.methods.advgame.players import Weights
 from tempering.methods.advgame.rollout import Dealer, Table
 from tempering.methods.advgame.settings import ROLES, Role
 
