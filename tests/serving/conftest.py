@@ -4,18 +4,19 @@ import threading
 import time
 from contextlib import contextmanager
 
-import pytest
-
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
-
 import httpx
-import uvicorn
+import pytest
 
 from tempering.core.policy import Policy
 from tempering.core.sampling import LocalSampler
 from tempering.serving.running import assemble, listening
 from tempering.serving.settings import ServeConfig
 from tempering.serving.target import describe
+
+
+@pytest.fixture(autouse=True)
+def needs_the_extra():
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 
 class Served:
@@ -37,6 +38,9 @@ def asked(text, **body):
 
 @contextmanager
 def _serving(sampler, token=None, name="tiny", **settings):
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    import uvicorn
+
     config = ServeConfig(name=name, **settings)
     listener = listening("127.0.0.1", 0)
     guard, engine = assemble(describe(name, sampler, config), config, token)

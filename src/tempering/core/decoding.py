@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tempering.core.loading import quiet_libraries
 from tempering.core.logprobs import most_likely
 from tempering.core.quarantine import require_override
 from tempering.core.sampling import Key, LocalSampler, context_of, inverse_transform, uniforms
@@ -155,7 +154,7 @@ class Decoding:
 
     def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, cache: Any) -> Tensor:
         where = {"position_ids": places} if self._takes_positions else {}
-        with quiet_libraries(), self.sampler.computing():
+        with self.sampler.computing():
             out = self.policy.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **self._extra
             )

@@ -15,6 +15,9 @@ from tempering.serving.schema import ChatRequest, CompletionRequest
 from tempering.serving.settings import ServeConfig
 from tempering.serving.target import Target
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits overflow, and sampling is greedy but for ties."""
+
 
 def prepare(target: Target, config: ServeConfig, body: ChatRequest | CompletionRequest) -> Ask:
     """Check a request against this target and these limits, and encode its prompts.
@@ -36,6 +39,8 @@ def prepare(target: Target, config: ServeConfig, body: ChatRequest | CompletionR
     temperature = body.temperature
     if temperature is None:  # best of N draws at the temperature that it was calibrated with where none is asked for
         temperature = config.temperature if config.temperature is not None else float(target.chooser is None)
+    if temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
     is_raw = isinstance(body, CompletionRequest)
     # Without a seed each request is another draw: its samples are keyed by a name that no other request has. Greedy
     # answers, and best of N at its own temperature, are those of the target anywhere else.

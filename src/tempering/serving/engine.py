@@ -9,16 +9,19 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tempering.core.sampling import Interrupted
 from tempering.serving.calling import answer, together
 from tempering.serving.errors import ApiError
 from tempering.serving.jobs import Job
 from tempering.serving.log import log
-from tempering.serving.metrics import Metrics
 from tempering.serving.settings import ServeConfig
 from tempering.serving.stepping import Stepping
 from tempering.serving.target import Target, allowed
+
+if TYPE_CHECKING:
+    from tempering.serving.metrics import Metrics
 
 
 class Engine:

@@ -13,12 +13,14 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tempering.serving.errors import ApiError
 from tempering.serving.log import log
-from tempering.serving.metrics import Metrics
 from tempering.serving.settings import ServeConfig, is_loopback
+
+if TYPE_CHECKING:
+    from tempering.serving.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
