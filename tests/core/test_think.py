@@ -239,7 +239,7 @@ def test_a_sampler_that_thinks_shows_tags_that_are_special_tokens(tiny_policy):
     policy.tokenizer = copy.deepcopy(policy.tokenizer)
     policy.tokenizer.add_special_tokens({"additional_special_tokens": [OPEN, CLOSE]})
     ids = policy.tokenizer(f"hm{CLOSE}yes", add_special_tokens=False)["input_ids"]
-    found = LocalSampler(policy, thinks=True)._completion(Prompt(QUESTION), 0, [*ids, 2], 0)
+    found = LocalSampler(policy, thinks=True).completion_of(Prompt(QUESTION), 0, [*ids, 2], 0)
     assert CLOSE in found.text and found.finish == "stop"
 
 

@@ -66,7 +66,7 @@ class Replies:
 
     def ends(self, ended: Ended) -> dict[str, Any]:
         """The last piece of an answer."""
-        said = {"delta": {}} if self.is_chat else {"text": ""}
+        said: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
         return self._piece({"index": ended.index, **said, **self._ending(ended)})
 
     def tells_usage(self, ended: Sequence[Ended]) -> dict[str, Any]:
