@@ -50,7 +50,7 @@ class Flow:
 
     >>> flow = Flow(["END"])
     >>> flow.push("to the E"), flow.push("NE"), flow.push("ND of it"), flow.cut
-    ('to the ', 'EN', '', 10)
+    ('to the ', 'EN', '', 9)
     """
 
     def __init__(self, marks: Sequence[str], *, strips: bool = False) -> None:
