@@ -18,6 +18,13 @@ pytestmark = [
 inspect_ai = pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    """What Inspect leaves open is warned of in the test that opened it, where that is passed over."""
+    yield
+    gc.collect()
+
+
 def answers(prompt, index):
     """A refusal of every other request, a letter for a choice, nothing sensible for the rest."""
     if "Answer with the letter only." in prompt.text:
@@ -41,7 +48,6 @@ def both(serve, tmp_path):
         found = {s.name: {k.rpartition("/")[2]: m.value for k, m in s.metrics.items()} for s in log.results.scores}
         settings = arguments if ours is None else ours
         kept = evaluate(f"openai:m@{url}", [name], out=tmp_path / f"run-{name}", **settings)
-        gc.collect()  # so that what was left open is warned of here
         return found, kept[name]["metrics"], log, bodies
 
     return run

@@ -107,7 +107,7 @@ def test_lm_eval_measures_a_served_target(url, own, tmp_path):
     }
     found = lm_eval.simple_evaluate(
         model="local-chat-completions",
-        model_args={"model": "tiny", "base_url": f"{url}/chat/completions"},
+        model_args={"model": "tiny", "base_url": f"{url}/chat/completions", "seed": 0},  # of its own it sends 1234
         tasks=[task],
         task_manager=TaskManager(include_defaults=False),
         apply_chat_template=True,
