@@ -40,7 +40,7 @@ $(INTEROP_STAMP): $(STAMP)
 	touch $(INTEROP_STAMP)
 
 test-interop: $(INTEROP_STAMP)
-	TEMPER_FUZZ_CASES=$${TEMPER_FUZZ_CASES:-1000} $(INTEROP)/bin/python -m pytest -q -m interop
+	TEMPER_FUZZ_CASES=$${TEMPER_FUZZ_CASES:-300} $(INTEROP)/bin/python -m pytest -q -m interop
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks scripts
