@@ -9,7 +9,7 @@ Products are in the type of x; a weight is multiplied by its scale in float32 an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import cycle
 from statistics import fmean, median
@@ -37,7 +37,7 @@ MAX_RUNS = 100
 PASSES = 5
 """Over all sizes: a machine's speed changes from second to second, and with it which back-end is ahead."""
 CLOSE = 1.2
-"""Second over first, up to which both are measured further, and what is best around a size has a say."""
+"""Second over first, up to which both are measured further."""
 
 
 class Dispatch:
@@ -197,27 +197,11 @@ Table = dict[str, dict[str, Backend]]
 
 def calibrate(weights: Sequence[ExpertWeights], k: int, seconds: float = CALIBRATION_S) -> Table:
     """Measure which back-end to take for each shape and number of tokens of `GRID`, in about so many seconds."""
-    found = {place: regrets(passes) for place, passes in time_all(weights, k, GRID, seconds).items()}
     table: Table = {}
-    for key, n in found:
-        table.setdefault(key, {})[str(n)] = choice(found, key, n)
+    for (key, n), passes in time_all(weights, k, GRID, seconds).items():
+        found = regrets(passes)
+        table.setdefault(key, {})[str(n)] = min(found, key=lambda name: found[name])
     return table
-
-
-def choice(found: Mapping[tuple[str, int], Mapping[Backend, float]], key: str, n: int) -> Backend:
-    """The back-end of least regret at a size; of several within `CLOSE`, the one that does best there and around it.
-
-    Around it are the next smaller and larger number of tokens, and other shapes with as many: speeds change little
-    between them, and more from one second to the next. A back-end that was left alone there counts as twice the best.
-
-    >>> choice({("a", 64): {"fused": 1.1, "grouped": 1.0}, ("a", 16): {"fused": 1.0}}, "a", 64)
-    'fused'
-    """
-    own, i = found[key, n], GRID.index(n)
-    close = [name for name in own if own[name] <= CLOSE * min(own.values())]
-    near = {(key, m) for m in GRID[max(0, i - 1) : i + 2] if m != n} | {(other, n) for other, _ in found}
-    around = [found[place] for place in sorted(near - {(key, n)}) if place in found]
-    return min(close, key=lambda name: own[name] + sum(r.get(name, 2.0) for r in around) / max(1, len(around)))
 
 
 def regrets(passes: Sequence[dict[Backend, float]]) -> dict[Backend, float]:
