@@ -2,6 +2,7 @@
 
     python benchmarks/safemoe_vs_xlora.py                    # SmolLM2, K = 18, 8, 4, 2, r = 32, this machine's device
     python benchmarks/safemoe_vs_xlora.py --quick            # K = 4, two rounds, short sequences: does it work?
+    python benchmarks/safemoe_vs_xlora.py --repeat 3         # `auto` alone, three times: how far can it be told?
 
 Experts are random LoRAs on gate, up and down of all layers, written as PEFT folders and read by both sides. X-LoRA is
 set to mix as we do: a linear classifier, layerwise scalings, softmax over the top 2. It names its adapters "0", "1",
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from tempering.core.chat import Encoded, collate
 from tempering.core.loading import load_base, pick_dtype, quiet_libraries, resolve
 from tempering.core.policy import EXPERT_GATE, Policy
 from tempering.methods.safemoe.attaching import attach, initial_routers
-from tempering.methods.safemoe.backends import GRID, time_all
+from tempering.methods.safemoe.backends import GRID, calibrate, time_all
 from tempering.methods.safemoe.experts import Adapter, Experts, stack_experts
 from tempering.methods.safemoe.layers import Gating
 from tempering.methods.safemoe.tracing import Recorder
@@ -236,13 +237,41 @@ def auto_against_best(policy: Policy, routing: Any, options: argparse.Namespace)
     weights = [policy.base.get_submodule(name).weights for name in routing.experts.modules]
     sizes, seconds = (GRID[:4], 1.0) if options.quick else (GRID, AUTO_S)
     for (key, n), passes in time_all(weights, 2, sizes, seconds).items():
-        times = {b: statistics.median([of[b] for of in passes if b in of]) for b in passes[0]}
+        times = medians(passes)
         chosen, best = routing.table[key][str(n)], min(times, key=lambda b: times[b])
         rows.append({
             "shape": key, "tokens": n, "auto": chosen, "best": best, "ratio": times[chosen] / times[best],
             "us": {b: round(s * 1e6, 1) for b, s in times.items()},
         })  # fmt: skip
     return rows
+
+
+def auto_repeatedly(options: argparse.Namespace, K: int, folder: Path) -> dict[str, list[float]]:
+    """Calibrate and measure in turn, `--repeat` times each, and hold every choice to every measurement.
+
+    `auto` has the ratios of what calibrations chose, at each size, to the best of each measurement; `measured` those of
+    what each measurement found best, to the best of the others: so far do two measurements agree with each other.
+    """
+    policy = load_ours(options)
+    routing = attach_ours(policy, make_experts(policy, K, options.rank, folder), backend="fused")
+    weights = [policy.base.get_submodule(name).weights for name in routing.experts.modules]
+    tables, measured = [], []
+    for _ in range(options.repeat):
+        tables.append(calibrate(weights, 2))
+        measured.append({place: medians(passes) for place, passes in time_all(weights, 2, GRID, AUTO_S).items()})
+    found: dict[str, list[float]] = {"auto": [], "measured": []}
+    for i, seen in enumerate(measured):
+        for (key, n), times in seen.items():
+            best = min(times.values())
+            found["auto"] += [times[table[key][str(n)]] / best for table in tables]
+            others = [other[key, n] for j, other in enumerate(measured) if j != i]
+            found["measured"] += [times[min(other, key=other.__getitem__)] / best for other in others]
+    return found
+
+
+def medians(passes: Sequence[dict[Any, float]]) -> dict[Any, float]:
+    """Median seconds of each back-end over the passes that it was measured in."""
+    return {b: statistics.median([of[b] for of in passes if b in of]) for b in passes[0]}
 
 
 def load_ours(options: argparse.Namespace) -> Policy:
@@ -323,6 +352,7 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, default=256)
     parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--alone", action="store_true", help="without X-LoRA: prefill, auto, traces, memory")
+    parser.add_argument("--repeat", type=int, help="only calibrate and measure `auto`, so many times each")
     parser.add_argument("--quick", action="store_true", help="K = 4, two rounds, short: does it work?")
     parser.add_argument("--memory-of", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
@@ -339,6 +369,15 @@ def main() -> None:
         f"torch {torch.__version__}"
     )
     sys.stdout.reconfigure(line_buffering=True)
+    if options.repeat:
+        for K in options.experts:
+            with tempfile.TemporaryDirectory() as folder:
+                for who, ratios in auto_repeatedly(options, K, Path(folder)).items():
+                    beyond = sum(ratio > BARS["auto"] for ratio in ratios)
+                    print(
+                        f"K = {K}: {who} beyond {BARS['auto']} at {beyond} of {len(ratios)}, worst {max(ratios):.2f}"
+                    )
+        return
     results = []
     for K in options.experts:
         with tempfile.TemporaryDirectory() as folder:
