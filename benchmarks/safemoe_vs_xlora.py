@@ -249,8 +249,8 @@ def auto_against_best(policy: Policy, routing: Any, options: argparse.Namespace)
 def auto_repeatedly(options: argparse.Namespace, K: int, folder: Path) -> dict[str, list[float]]:
     """Calibrate and measure in turn, `--repeat` times each, and hold every choice to every measurement.
 
-    `auto` has the ratios of what calibrations chose, at each size, to the best of each measurement; `measured` those of
-    what each measurement found best, to the best of the others: so far do two measurements agree with each other.
+    `auto` has the ratios of what calibrations chose, at each size, to the best of each measurement; `measured` those
+    of what each measurement found best, to the best of the others: so far do two measurements agree.
     """
     policy = load_ours(options)
     routing = attach_ours(policy, make_experts(policy, K, options.rank, folder), backend="fused")
