@@ -1,8 +1,12 @@
 """What every test stands on: no network, a private cache, tiny random models with a byte tokenizer."""
 
+import contextlib
 import json
 import os
 import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +24,8 @@ install_import_hook([f"tempering.core.{name}" for name in CHECKED], "beartype.be
 torch.set_num_threads(1)
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+OUTSIDE = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "OPENAI_API_KEY")
+"""Settings of whoever runs the tests, which no test may depend on."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -31,6 +37,8 @@ WORDS = "the safe answer is no, I cannot help with that; here is how you do it: 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Refuse every connection that would leave this machine."""
+    for name in OUTSIDE:
+        monkeypatch.delenv(name, raising=False)
     connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
 
     def check(host):
@@ -53,6 +61,76 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded(connect))
     monkeypatch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+class Loopback:
+    """A chat endpoint on the loopback interface that answers with `script(body, count)`: (status, content, headers).
+
+    Content is a text, bytes, or what is sent as JSON.
+    """
+
+    def __init__(self, script, pause_s=0.0, keep_alive=False):
+        self.pause_s = pause_s  # between one byte and the next
+        self.bodies, self.headers, self.times, self.busy, self.most_busy = [], [], [], 0, 0
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1" if keep_alive else "HTTP/1.0"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.bodies.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer.times.append(time.monotonic())
+                    outer.busy += 1
+                    outer.most_busy = max(outer.busy, outer.most_busy)
+                    count = len(outer.bodies)
+                status, content, headers = script(body, count)
+                with lock:
+                    outer.busy -= 1
+                content = content if isinstance(content, str | bytes) else json.dumps(content)
+                content = content if isinstance(content, bytes) else content.encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for part in [content] if not outer.pause_s else [content[i : i + 1] for i in range(len(content))]:
+                    self.wfile.write(part)
+                    time.sleep(outer.pause_s)
+
+            def handle(self):
+                with contextlib.suppress(ConnectionError):  # the client gave up, or was killed
+                    super().handle()
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        self.target = f"openai:m@{self.url}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def close(self):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def loopback():
+    """A function: script -> `Loopback`; see there."""
+    servers = []
+
+    def start(script, **settings):
+        servers.append(Loopback(script, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")

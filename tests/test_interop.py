@@ -3,8 +3,6 @@
 import gc
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import ModelCard
@@ -18,17 +16,9 @@ QUESTIONS = [{"q": f"Is {i} an even number?", "short": ("yes", "no")[i % 2]} for
 
 
 @pytest.fixture
-def asked():
-    """What the endpoint was asked, filled by `url`."""
-    return []
-
-
-@pytest.fixture
-def url(monkeypatch, asked):
-    """URL of a chat endpoint on the loopback interface that calls every number even."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    reply = {
+def server(loopback):
+    """A chat endpoint on the loopback interface that calls every number even."""
+    told = {
         "id": "1",
         "object": "chat.completion",
         "created": 1,
@@ -36,28 +26,7 @@ def url(monkeypatch, asked):
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6},
     }
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(self.path)
-            self.rfile.read(int(self.headers["Content-Length"]))
-            content = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return loopback(lambda body, count: (200, told, {"Content-Type": "application/json"}))
 
 
 @pytest.fixture
@@ -80,13 +49,13 @@ def even(tmp_path):
 
 
 @pytest.mark.interop
-def test_lm_eval_itself_measures_an_endpoint(url, even):
+def test_lm_eval_itself_measures_an_endpoint(server, even):
     lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
         model="local-chat-completions",
-        model_args={"model": "m", "base_url": f"{url}/chat/completions"},
+        model_args={"model": "m", "base_url": f"{server.url}/chat/completions"},
         tasks=[even],
         task_manager=TaskManager(include_defaults=False),
         apply_chat_template=True,
@@ -95,18 +64,18 @@ def test_lm_eval_itself_measures_an_endpoint(url, even):
 
 
 @pytest.mark.interop
-def test_tasks_of_lm_eval_keep_to_an_endpoints_cap_and_ask_nothing_twice(url, asked, even, tmp_path, capsys):
+def test_tasks_of_lm_eval_keep_to_an_endpoints_cap_and_ask_nothing_twice(server, even, tmp_path, capsys):
     """A question is at most 20 + 128 tokens, its answer 1; replies used 6 each: 4 * 6 + 149 is more than 170."""
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     (tmp_path / "even.yaml").write_text(json.dumps(even))
     command = [
-        "eval", f"openai:m@{url}", "lm_eval", f"tasks=[{tmp_path / 'even.yaml'}]", f"out={tmp_path / 'run'}",
+        "eval", server.target, "lm_eval", f"tasks=[{tmp_path / 'even.yaml'}]", f"out={tmp_path / 'run'}",
         "max_new_tokens=1", "endpoint.concurrency=1",
     ]  # fmt: skip
     assert run([*command, "endpoint.max_tokens_total=170"]) == 1
-    assert "raise the limit" in capsys.readouterr().err and len(asked) == 4
+    assert "raise the limit" in capsys.readouterr().err and len(server.bodies) == 4
     assert run([*command, "--resume"]) == 0
-    assert len(asked) == 6
+    assert len(server.bodies) == 6
     found = json.loads((tmp_path / "run/evals/lm_eval.json").read_text())
     assert found["metrics"]["exact_match/even"]["value"] == 0.5
 
@@ -115,14 +84,14 @@ def test_tasks_of_lm_eval_keep_to_an_endpoints_cap_and_ask_nothing_twice(url, as
 # Inspect 0.3.285 uses a name that tenacity 9.2 has deprecated, and leaves streams of its own open.
 @pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning")
-def test_inspect_itself_measures_an_endpoint(url, tmp_path):
+def test_inspect_itself_measures_an_endpoint(server, tmp_path):
     inspect_ai = pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
     from inspect_ai.dataset import Sample
     from inspect_ai.model import get_model
     from inspect_ai.scorer import match
 
     task = inspect_ai.Task(dataset=[Sample(input=q["q"], target=q["short"]) for q in QUESTIONS], scorer=match())
-    model = get_model("openai-api/tempering/m", base_url=url, api_key="EMPTY")
+    model = get_model("openai-api/tempering/m", base_url=server.url, api_key="EMPTY")
     (log,) = inspect_ai.eval(task, model=model, log_dir=str(tmp_path), display="none")
     assert log.status == "success", log.error
     assert log.results.scores[0].metrics["accuracy"].value == 0.5

@@ -1,8 +1,6 @@
 """`temper redteam` as it is typed: offline, by gradients, and with an attacker and a target behind endpoints."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -18,38 +16,17 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def serve(monkeypatch):
+def serve(loopback):
     """A function: answer(model, text of the last turn) -> URL of a chat endpoint on the loopback interface."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    servers = []
 
     def start(answer, raw=None):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                text = answer(body["model"], body["messages"][-1]["content"])
-                told = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-                content = (raw or json.dumps(told)).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+        def respond(body, count):
+            text = answer(body["model"], body["messages"][-1]["content"])
+            return 200, raw or {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}, {}
 
-            def log_message(self, *args):
-                pass
+        return loopback(respond).url
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{server.server_port}/v1"
-
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return start
 
 
 def read(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import sys
 import traceback
@@ -37,56 +38,38 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Count requests, tokens and cost of endpoints; ask nobody.")]
 
 
-def _list_eval_keys(wanted: bool) -> None:
-    if wanted:
-        from tempering.evals import EvalConfig
-
-        _print_keys(EvalConfig)
-        raise typer.Exit
-
-
-def _list_redteam_keys(wanted: bool) -> None:
-    if wanted:
-        from tempering.evals import EvalConfig
-        from tempering.evals.redteam_settings import RedteamConfig
-
-        typer.echo("With attacker=... and without attacks=...:\n")
-        _print_keys(RedteamConfig)
-        typer.echo("\nWith attacks=[...], or neither:\n")
-        _print_keys(EvalConfig)
-        raise typer.Exit
-
-
-def _list_check_keys(wanted: bool) -> None:
-    if wanted:
-        from tempering.judges.check import CheckJudgeConfig
-
-        _print_keys(CheckJudgeConfig)
-        raise typer.Exit
-
-
-def _list_chat_keys(wanted: bool) -> None:
-    if wanted:
-        from tempering.chatting import ChatConfig
-
-        _print_keys(ChatConfig)
-        raise typer.Exit
-
-
-def _list_serve_keys(wanted: bool) -> None:
-    if wanted:
-        from tempering.serving.settings import ServeConfig
-
-        _print_keys(ServeConfig)
-        raise typer.Exit
-
-
 KEYS_HELP = "List every setting with default and meaning."
-EvalKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_eval_keys, help=KEYS_HELP)]
-RedteamKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_redteam_keys, help=KEYS_HELP)]
-CheckKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_check_keys, help=KEYS_HELP)]
-ChatKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_chat_keys, help=KEYS_HELP)]
-ServeKeys = Annotated[bool, typer.Option("--keys", is_eager=True, callback=_list_serve_keys, help=KEYS_HELP)]
+
+
+def _keys(**classes: str) -> Any:
+    """The option `--keys` of a command whose settings are of these classes, `module:Class`, under these headings."""
+
+    def show(wanted: bool) -> None:
+        if not wanted:
+            return
+        for heading, place in classes.items():
+            module, _, name = place.partition(":")
+            if len(classes) > 1:
+                typer.echo(f"With {heading}:\n")
+            _print_keys(getattr(importlib.import_module(f"tempering.{module}"), name))
+        raise typer.Exit
+
+    return typer.Option("--keys", is_eager=True, callback=show, help=KEYS_HELP)
+
+
+EvalKeys = Annotated[bool, _keys(settings="evals:EvalConfig")]
+RedteamKeys = Annotated[
+    bool,
+    _keys(
+        **{
+            "attacker=... and without attacks=...": "evals.redteam_settings:RedteamConfig",
+            "attacks=[...], or neither": "evals:EvalConfig",
+        }
+    ),
+]
+CheckKeys = Annotated[bool, _keys(settings="judges.check:CheckJudgeConfig")]
+ChatKeys = Annotated[bool, _keys(settings="chatting:ChatConfig")]
+ServeKeys = Annotated[bool, _keys(settings="serving.settings:ServeConfig")]
 
 
 DRY_RUN_KEY = "dry_run=true"

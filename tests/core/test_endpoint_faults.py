@@ -161,10 +161,7 @@ class Server:
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
+def serve():
     servers = []
 
     def start(**kw):

@@ -1,10 +1,8 @@
 """The meter: a cap on requests and cost that holds over threads, retries, kills and processes."""
 
 import itertools
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -15,38 +13,12 @@ from tempering.core.records import Prompt
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A loopback endpoint that counts, fails every third request, and says what it used."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    lock = threading.Lock()
-
-    times = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            with lock:
-                times.append(time.monotonic())
-                fails = len(times) % 3 == 0
-            usage = {"prompt_tokens": 10, "completion_tokens": 5}
-            told = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": usage}
-            content = json.dumps(told).encode()
-            self.send_response(503 if fails else 200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}/v1", times
-    http.shutdown()
-    thread.join()
-    http.server_close()
+def server(loopback):
+    """A loopback endpoint that fails every third request, and says what it used."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 5}
+    told = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": usage}
+    server = loopback(lambda body, count: (200 if count % 3 else 503, told, {}))
+    return server.url, server.times
 
 
 def prompts(n):

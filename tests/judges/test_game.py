@@ -1,8 +1,6 @@
 import json
 import random
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -412,51 +410,24 @@ def test_points_are_made_of_verdicts_on_harm_and_refusal():
 
 
 @pytest.fixture
-def serve(monkeypatch):
+def serve(loopback):
     """Start a server on this machine that answers with `script(text of the question, number of the request)`."""
-    for name in (
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "OPENAI_API_KEY",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    servers = []
 
     def start(script):
         asked = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                asked.append(body["messages"][0]["content"])
-                text = script(asked[-1], len(asked))
-                message = {"role": "assistant", "content": text}
-                usage = {"prompt_tokens": 10, "completion_tokens": 3}
-                told = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
-                content = json.dumps(told if text is not None else {"error": "busy"}).encode()
-                self.send_response(200 if text is not None else 400)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+        def respond(body, count):
+            asked.append(body["messages"][0]["content"])
+            text = script(asked[-1], len(asked))
+            if text is None:
+                return 400, {"error": "busy"}, {}
+            usage = {"prompt_tokens": 10, "completion_tokens": 3}
+            message = {"role": "assistant", "content": text}
+            return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}, {}
 
-            def log_message(self, *args):
-                pass
+        return loopback(respond).target, asked
 
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        servers.append((http, thread))
-        return f"openai:m@http://127.0.0.1:{http.server_port}/v1", asked
-
-    yield start
-    for http, thread in servers:
-        http.shutdown()
-        thread.join()
-        http.server_close()
+    return start
 
 
 def test_an_endpoint_is_asked_each_question_once_also_after_a_kill_within_a_call(serve, tmp_path):

@@ -5,9 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -459,37 +457,16 @@ def test_a_judge_is_sent_another_seed_when_it_judges_again(registry):
 
 
 @pytest.fixture
-def endpoint():
-    """A loopback teacher that tells its reasoning apart and what it used; `asked` holds what it was sent."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            message = {"reasoning_content": "privacy", "content": "I can't help with that."}
-            usage = {"prompt_tokens": 3000, "completion_tokens": 500}
-            reply = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
-            content = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"openai:m@http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def endpoint(loopback):
+    """A loopback teacher that tells its reasoning apart and what it used; and what it was sent."""
+    message = {"reasoning_content": "privacy", "content": "I can't help with that."}
+    usage = {"prompt_tokens": 3000, "completion_tokens": 500}
+    told = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+    server = loopback(lambda body, count: (200, told, {}))
+    return server.target, server.bodies
 
 
-def test_the_cap_stops_the_teacher_and_a_higher_one_goes_on_without_paying_twice(config, endpoint, monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+def test_the_cap_stops_the_teacher_and_a_higher_one_goes_on_without_paying_twice(config, endpoint):
     target, asked = endpoint
     rows = [{k: v for k, v in row.items() if k != "decision"} for row in records()]
     teacher = {

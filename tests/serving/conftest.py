@@ -1,5 +1,6 @@
 """A tiny random model behind a real server on the loopback interface, in a thread of the test process."""
 
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -37,12 +38,14 @@ def asked(text, **body):
 
 
 @contextmanager
-def _serving(sampler, token=None, name="tiny", **settings):
+def _serving(sampler, token=None, name="tiny", send_buffer=None, **settings):
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     import uvicorn
 
     config = ServeConfig(name=name, **settings)
     listener = listening("127.0.0.1", 0)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     guard, engine = assemble(describe(name, sampler, config), config, token)
     server = uvicorn.Server(
         uvicorn.Config(guard, http="h11", ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=1)

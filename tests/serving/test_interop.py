@@ -24,8 +24,6 @@ KINDS = ["base", "safemoe", "attribution", pytest.param("smollm2", marks=[pytest
 @pytest.fixture(params=KINDS)
 def target(request, tiny_policy, monkeypatch):
     """A base, experts behind a gate, and best of four: on the tiny model; and the embedded one."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     if request.param == "smollm2":
         from tempering.api import load
 

@@ -210,6 +210,33 @@ def test_a_failure_harms_the_request_alone_and_is_logged_without_it(capfd, servi
     assert "KeyError while answering" in err and "SECRET" not in err
 
 
+def request(text, **body):
+    """A request to chat as it is on the wire."""
+    content = json.dumps(asked(text, **body)).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+
+
+def test_a_client_that_reads_too_slowly_is_dropped_and_harms_no_one(tiny_sampler, serving):
+    """With small buffers on both sides, the server is soon where it can send no more."""
+    sampler = LocalSampler(tiny_sampler.policy)
+    with serving(sampler, max_tokens=400, read_timeout_s=0.3, send_buffer=4096) as served:
+        alone = served.chat().json()["choices"][0]["message"]["content"]
+        computing, sampler.computing = sampler.computing, lambda: time.sleep(0.01) or computing()
+        with socket.socket() as wire:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            wire.connect(("127.0.0.1", served.port))
+            wire.sendall(request("hi", stream=True, max_tokens=400, n=8, temperature=1.0, seed=1, logprobs=True))
+            while not served.engine.under_way:
+                time.sleep(0.005)
+            assert served.chat().json()["choices"][0]["message"]["content"] == alone
+            limit = time.monotonic() + 10
+            while served.engine.under_way and time.monotonic() < limit:
+                time.sleep(0.02)
+        assert served.metric("dropped_total", why="slow_reader") == 1 and not served.engine.under_way
+        assert served.chat().json()["choices"][0]["message"]["content"] == alone
+
+
 def test_a_client_that_goes_away_is_dropped(tiny_sampler, serving):
     slow = LocalSampler(tiny_sampler.policy)
 
@@ -223,12 +250,8 @@ def test_a_client_that_goes_away_is_dropped(tiny_sampler, serving):
         computing, slow.computing = slow.computing, lambda: time.sleep(0.02) or computing()
         before = served.metric("dropped_total", why="disconnect")
         for stream in (True, False):
-            body = json.dumps(asked("hi", stream=stream, max_tokens=400, n=4, temperature=1.0, seed=1)).encode()
             with socket.create_connection(("127.0.0.1", served.port)) as wire:
-                wire.sendall(
-                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-                    b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-                )
+                wire.sendall(request("hi", stream=stream, max_tokens=400, n=4, temperature=1.0, seed=1))
                 while not served.engine.under_way:
                     time.sleep(0.005)
                 if stream:
