@@ -7,16 +7,14 @@ import pytest
 from tempering.core.encoder import has_encoder
 from tempering.core.records import Completion, Verdict
 from tempering.core.sampling import ScriptedSampler
-from tempering.judges.game import (
+from tempering.judges.game import Asked, GameJudge, game_judge
+from tempering.judges.game_askers import (
     CRITERIA,
     FAITHFULNESS,
-    Asked,
-    GameJudge,
     LLMAsker,
     Question,
     RulesAsker,
     VerdictAsker,
-    game_judge,
     rubric,
 )
 from tempering.judges.journal import Journal

@@ -3,7 +3,8 @@
 from collections import Counter
 
 from tempering.core.records import content_id
-from tempering.judges.game import GameJudge, Said
+from tempering.judges.game import GameJudge
+from tempering.judges.game_askers import Said
 from tempering.judges.journal import Journal
 from tempering.methods.advgame.rollout import JUDGEMENTS, Judges
 

@@ -22,7 +22,8 @@ from tempering.core.run import Run
 from tempering.core.sampling import Key, LocalSampler
 from tempering.data.attacker import INSTRUCTIONS, Category, attacker_message
 from tempering.data.seeds import Seed
-from tempering.judges.game import Asked, Criterion, GameJudge, game_judge
+from tempering.judges.game import Asked, GameJudge, game_judge
+from tempering.judges.game_askers import Criterion
 from tempering.judges.journal import Journal
 from tempering.judges.tags import parse_attack
 from tempering.methods.advgame.networks import Weights
