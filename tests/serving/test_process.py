@@ -60,9 +60,15 @@ def under_load(url, **body):
     for thread in threads:
         thread.start()
     with httpx.Client(trust_env=False) as client:
-        while float(re.findall(r"\ntempering_rows (\S+)", client.get(f"{url}/metrics").text)[0]) < 8:
+        while admitted(client.get(f"{url}/metrics").text) < len(threads):
             time.sleep(0.005)
     return replies, threads
+
+
+def admitted(metrics):
+    """Requests that are under way or were answered: whoever comes later is refused by a server that goes down."""
+    counts = re.findall(r"\ntempering_requests_(?:under_way|total{route=\"chat\",[^}]*}) (\S+)", metrics)
+    return sum(map(float, counts))
 
 
 def test_sigterm_under_load_lets_running_requests_end_and_refuses_new_ones(process):
