@@ -36,11 +36,11 @@ from unlearning_runs import (
     ATTACKS,
     CHANCE,
     answers,
+    at_once,
     attacked,
     bootstrap,
     evaluated,
     forget_share,
-    in_processes,
     interval,
     known,
     last_measured,
@@ -64,8 +64,7 @@ TABLES = ("equal", "native")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = arguments(given)
+    args = arguments(argv)
     cells = [(t, f, o) for t in args.tables for f in FUNCTIONS for o in OBJECTIVES]
     if args.plan:
         runs = len(cells) * (len(args.alphas) + args.seeds - 1)
@@ -74,20 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"them evaluated and attacked by {', '.join(ATTACKS)}; {args.workers} processes")  # fmt: skip
         return 0
     out = Path(args.out)
-    if args.share is None:
-        for function in FUNCTIONS:
-            start = start_of(args, out, function)
-            evaluated(start, out / f"start-{function}", asked(args, out, function), args.dtype)
-            trained(FUNCTIONS[function], out / f"bank-{function}", bank_settings(args, function, start))
-    if args.share is None and args.workers > 1:
-        in_processes(__file__, given, args.workers)
-    else:
-        index, count = map(int, (args.share or "0/1").split("/"))
-        for number, cell in enumerate(cells):
-            if number % count == index:
-                fill(args, out, *cell)
-        if args.share is not None:
-            return 0
+    for function in FUNCTIONS:
+        start = start_of(args, out, function)
+        evaluated(start, out / f"start-{function}", asked(args, out, function), args.dtype)
+        trained(FUNCTIONS[function], out / f"bank-{function}", bank_settings(args, function, start))
+    at_once(fill, [(args, out, *cell) for cell in cells], args.workers)
     results = summary(args, out)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(results), encoding="utf-8")
@@ -119,7 +109,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scorer", default="rules")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
-    parser.add_argument("--share", default=None, help="I/N: one of the processes, by itself")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plan", action="store_true")
     args = parser.parse_args(argv)
@@ -137,7 +126,7 @@ def start_of(args: argparse.Namespace, out: Path, function: str) -> str:
         return toy(out / "toy_model")
     if function == "toxicity":
         return str(args.model)
-    if args.taught is None and args.share is None:
+    if args.taught is None:
         trained("teach", out / "taught", {"model": args.model, "dtype": args.dtype})
     return str(args.taught or out / "taught")
 
@@ -299,7 +288,7 @@ class Cell:
 
 def summary(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The cells of each table, and I."""
-    found: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k not in ("plan", "share")}}
+    found: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "plan"}}
     for name in args.tables:
         cells = {
             (o, f): Cell(out, name, f, o, args.seeds, args.kl) for f in FUNCTIONS for o in OBJECTIVES

@@ -8,8 +8,9 @@
 One model is taught the bundled facts (`taught`, kept in `--out`, or name one that is there with `--taught`). From it,
 `--seeds` runs of each of `meta_cosine_rmu`, `cosine_rmu` and `rmu`, and one of each baseline. Each is asked all
 questions (`--questions` of each sort in a quick look), and measured for capability and for the likelihood of neutral
-text; then attacked by relearning, and the first of its seeds by rounding and projection. `--gold` teaches a model
-everything but the facts to be forgotten, too, the control of relearning.
+text. What forgot anything is then attacked by relearning, and the first of its seeds by rounding and projection;
+with `--benign` the first of the default method's by relearning on everyday text, too. `--gold` teaches a model
+everything but the facts to be forgotten, the control of relearning.
 
 Does meta-learning need more relearning steps? `steps` is the first measured step at which half of what was forgotten
 is back (where never: the last step, a lower bound). The difference of means over seeds has a 95 % interval that
@@ -34,11 +35,11 @@ from unlearning_runs import (
     CHANCE,
     FORGET,
     answers,
+    at_once,
     attacked,
     bootstrap,
     evaluated,
     forget_share,
-    in_processes,
     interval,
     known,
     last_measured,
@@ -73,9 +74,9 @@ COMPARED = (("meta_cosine_rmu", "rmu"), ("meta_cosine_rmu", "cosine_rmu"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = arguments(given)
+    args = arguments(argv)
     jobs = [(arm, seed) for arm in args.arms for seed in range(args.seeds if arm in SEEDED else 1)]
+    jobs.sort(key=lambda job: (job[0] != SEEDED[0], job[1]))  # the longest first, the shortest last
     if args.plan:
         print(f"one model taught{' and gold' if args.gold else ''}, {len(jobs)} runs of {args.steps} steps x "
               f"({args.batch_rows} + {args.retain_rows}) texts, each with {', '.join(ATTACKS)}; "
@@ -84,17 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     out = Path(args.out)
     taught = start_of(args, out)
-    if args.share is None and args.workers > 1:
-        in_processes(__file__, given, args.workers)
-    else:
-        index, count = map(int, (args.share or "0/1").split("/"))
-        for number, (arm, seed) in enumerate(jobs):
-            if number % count == index:
-                job(args, out, taught, arm, seed)
-        if index == count - 1:
-            evaluated(taught, out / "start", quick(args, asked(args, out)), args.dtype)
-        if args.share is not None:
-            return 0
+    evaluated(taught, out / "start", quick(args, asked(args, out)), args.dtype)
+    at_once(job, [(args, out, taught, *one) for one in jobs], args.workers)
     results = summary(args, out, jobs)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(results), encoding="utf-8")
@@ -107,6 +99,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/bench_knowledge")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--taught", default=None, help="a run of `temper train teach` to start from")
+    parser.add_argument("--benign", action="store_true", help="attack the default method on everyday text, too")
     parser.add_argument("--gold", action="store_true", help="teach the control that never knew, too")
     parser.add_argument("--arms", nargs="+", default=[*SEEDED, *BASELINES], choices=[*SEEDED, *BASELINES])
     parser.add_argument("--seeds", type=int, default=3)
@@ -120,13 +113,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=None, help="of each eval; default: all")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
-    parser.add_argument("--share", default=None, help="I/N: one of the processes, by itself")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--plan", action="store_true")
     args = parser.parse_args(argv)
     if args.toy:
         args.arms = [arm for arm in args.arms if arm in (*SEEDED, "npo")]
-        args.seeds, args.steps, args.batch_rows, args.retain_rows, args.workers = 2, 4, 4, 4, 1
+        args.seeds, args.steps, args.batch_rows, args.retain_rows = 2, 4, 4, 4
         args.relearning_steps, args.questions, args.dtype, args.formats = 5, 60, "float32", ["q4_0"]
     return args
 
@@ -135,13 +127,11 @@ def start_of(args: argparse.Namespace, out: Path) -> str:
     """The model that was taught the facts, now or before."""
     if args.toy:
         return toy(out / "toy_model")
-    if args.share is None and args.gold:
+    if args.gold:
         trained("teach", out / "gold", {"model": args.model, "leave_out": "forget", "dtype": args.dtype})
     if args.taught:
         return str(args.taught)
-    if args.share is None:
-        trained("teach", out / "taught", {"model": args.model, "dtype": args.dtype})
-    return str(out / "taught")
+    return str(trained("teach", out / "taught", {"model": args.model, "dtype": args.dtype}).root)
 
 
 def job(args: argparse.Namespace, out: Path, taught: str, arm: str, seed: int) -> None:
@@ -155,7 +145,10 @@ def job(args: argparse.Namespace, out: Path, taught: str, arm: str, seed: int) -
         settings |= {"meta": {"every": 1, "warmup": 0, "steps": 2, "checkpoints": [2], "rank": 2}}
     settings["measure_every"] = settings["checkpoint_every"] = settings["steps"]
     run = trained("unlearn_knowledge", out / f"{arm}-seed{seed}", settings)
-    evaluated(str(run.root), run.root.with_name(f"{run.root.name}-evals"), evals_of(args, out, arm, seed), args.dtype)
+    folder = run.root.with_name(f"{run.root.name}-evals")
+    found = answers(evaluated(str(run.root), folder, quick(args, asked(args, out)), args.dtype))
+    if found[FORGET].mean() < answers(Run.open(out / "start"))[FORGET].mean():
+        evaluated(str(run.root), folder, attacks_of(args, out, arm, seed), args.dtype)
 
 
 def asked(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
@@ -163,21 +156,14 @@ def asked(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     return {"knowledge": test_questions(out), "capability": {"limit": 40}, "over_erasure": {}}
 
 
-def evals_of(args: argparse.Namespace, out: Path, arm: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Eval -> settings. Every seed is relearned; the first one is attacked in the other ways too.
-
-    Relearning on everyday text, which takes as long as all else, is of the default method alone.
-    """
+def attacks_of(args: argparse.Namespace, out: Path, arm: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Eval -> settings. Every seed is relearned; the first one is attacked in the other ways too."""
     common: dict[str, Any] = {"undefended": False, "gold": str(out / "gold") if args.gold else None}
-    attacks = ["corpus", "benign"] if seed == 0 and arm == SEEDED[0] else ["corpus"]
-    relearning = {"attacks": attacks, "lr": [args.relearning_lr], "orders": 1,
+    kinds = ["corpus", "benign"] if args.benign and seed == 0 and arm == SEEDED[0] else ["corpus"]
+    relearning = {"attacks": kinds, "lr": [args.relearning_lr], "orders": 1,
                   "steps": args.relearning_steps, "batch_rows": args.relearning_rows}  # fmt: skip
     others = {"quantisation": {**common, "quantisations": args.formats}, "direction_ablation": common}
-    return quick(args, {
-        **asked(args, out),
-        "relearning": {**common, "relearning": relearning},
-        **(others if seed == 0 else {}),
-    })  # fmt: skip
+    return quick(args, {"relearning": {**common, "relearning": relearning}, **(others if seed == 0 else {})})
 
 
 def quick(args: argparse.Namespace, evals: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -208,12 +194,15 @@ def summary(args: argparse.Namespace, out: Path, jobs: Sequence[tuple[str, int]]
             rows.append({
                 "accuracy": {name: float(v.mean()) for name, v in now.items()}, "values": now, "back": back,
                 "prices": prices(evals), "kl": last_measured(Run.open(root), "kl"), "columns": columns,
-                "score": total_score(forget_share(columns, CHANCE), shares, max(back.values(), default=None)),
+                "score": total_score(
+                    forget_share(columns, CHANCE) if columns else 0.0, shares, max(back.values(), default=None)
+                ),
             })  # fmt: skip
-            curves.setdefault(arm, []).append(relearned(evals))
+            if columns:
+                curves.setdefault(arm, []).append(relearned(evals))
         arms[arm] = entry(rows, before)
     return {
-        "settings": {k: v for k, v in vars(args).items() if k not in ("plan", "share")},
+        "settings": {k: v for k, v in vars(args).items() if k != "plan"},
         "start": {"accuracy": {n: float(v.mean()) for n, v in before.items()}, "prices": before_prices},
         "arms": arms,
         "steps": {f"{a} - {b}": compared(curves[a], curves[b]) for a, b in COMPARED if a in curves and b in curves},

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,24 @@ def test_questions(folder: Path) -> dict[str, Any]:
     return {"data": str(file), **OPTIONS}
 
 
-def in_processes(file: str, argv: Sequence[str], count: int) -> None:
-    """Run this script `count` times at once, each with one thread and its share of the jobs.
+def at_once(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """`work(*job)` of every job in the order given, each by the first process of one thread that is free.
 
     Raises:
-        RuntimeError: one of them failed.
+        ValueError, OSError, RuntimeError: what the first one that failed said; those not begun are left.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, file, *argv, "--share", f"{i}/{count}"], env=environment)
-        for i in range(count)
-    ]
-    if any([process.wait() for process in started]):
-        raise RuntimeError("a part of the work failed; its message is above, the same command goes on from there")
+    if workers == 1:
+        for job in jobs:
+            work(*job)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            for done in as_completed([pool.submit(work, *job) for job in jobs]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def toy(folder: Path) -> str:
@@ -137,7 +142,9 @@ def prices(run: Run) -> dict[str, float]:
 
 
 def recovered(columns: Mapping[str, Column], items: NDArray[Any] | slice = slice(None)) -> dict[str, float]:
-    """Attack -> share of what was taken away that it brings back; empty where nothing was."""
+    """Attack -> share of what was taken away that it brings back; empty where nothing was, or nothing attacked."""
+    if not columns:
+        return {}
     original, unlearned = (float(columns[name][items].mean()) for name in ("original", "unattacked"))
     if original <= unlearned:
         return {}
