@@ -4,7 +4,7 @@ import torch
 from tempering.core import progress
 from tempering.core.activations import capture
 from tempering.core.records import Prompt, as_messages
-from tempering.core.sampling import Interrupted, KeyedSampling, LocalSampler, ScriptedSampler
+from tempering.core.sampling import HEAD, Interrupted, KeyedSampling, LocalSampler, ScriptedSampler, inverse_transform
 
 
 def prompts(count=8):
@@ -230,6 +230,23 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     scores = [torch.tensor(p).log().item() for p in (0.2, 0.5, 0.3)]
     assert {draw(scores, u, top_p=0.7) for u in (0.0, 0.3, 0.6, 0.7, 0.999)} == {1, 2}
     assert {draw(scores, u, top_p=0.1) for u in (0.0, 0.5, 0.999)} == {1}
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.05])
+def test_sorting_the_likeliest_alone_picks_what_sorting_the_whole_vocabulary_picks(spread, top_p):
+    """With scores in bfloat16, so that many tokens tie, and a distribution so flat that most picks are beyond."""
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(32, 5 * HEAD, generator=generator) * spread).bfloat16().float()
+    u = torch.rand(32, generator=generator, dtype=torch.float64)
+
+    probs, order = torch.softmax(scores.double(), -1).sort(dim=-1, descending=True, stable=True)
+    kept = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0).cumsum(-1)
+    place = torch.searchsorted(kept, (u * kept[:, -1])[:, None], right=True)
+    want = order.gather(1, place)[:, 0]
+    assert torch.equal(inverse_transform(scores, u, 1.0, top_p), want)
+    each = torch.full((32, 1), top_p, dtype=torch.float64)
+    assert torch.equal(inverse_transform(scores, u, torch.ones(32, 1), each), want)
 
 
 def test_temperature_sharpens():
