@@ -153,7 +153,7 @@ def job(args: argparse.Namespace, out: Path, taught: str, arm: str, seed: int) -
 
 def asked(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     """Eval -> settings, without attacks."""
-    return {"knowledge": test_questions(out), "capability": {"limit": 40}, "over_erasure": {}}
+    return {"knowledge": test_questions(out), "capability": {"limit": 40}, "over_erasure": {"limit": 20}}
 
 
 def attacks_of(args: argparse.Namespace, out: Path, arm: str, seed: int) -> dict[str, dict[str, Any]]:

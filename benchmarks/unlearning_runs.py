@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,18 @@ def trained(method: str, folder: Path, settings: Mapping[str, Any]) -> Run:
     return tempering.train(method, {**settings, "out": str(folder)}, resume=folder.exists())
 
 
+@lru_cache(maxsize=1)
+def loaded(target: str, dtype: str) -> Any:
+    """The sampler of a target; that of the last one is kept."""
+    return tempering.load(target, dtype=dtype)
+
+
 def evaluated(target: str, folder: Path, evals: Mapping[str, Mapping[str, Any]], dtype: str = "auto") -> Run:
-    """The results of these evals, each with its own settings, now or before; one load of the target."""
-    left = [name for name in evals if not Run(folder).has(f"evals/{name}.json")]
-    if left:
-        sampler = tempering.load(target, dtype=dtype)
-        for name in left:
+    """The results of these evals, each with its own settings, now or before."""
+    for name in evals:
+        if not Run(folder).has(f"evals/{name}.json"):
             say(f"{target}: {name}")
+            sampler = loaded(target, dtype)
             tempering.evaluate(sampler, [name], out=folder, resume=folder.exists(), **evals[name])
     return Run.open(folder)
 
