@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tempering
-from tempering.cli import _recipe
+from tempering.cli.shared import find_recipe
 from tempering.core.config import build, read_yaml
 from tempering.core.records import Completion, Verdict
 from tempering.core.sampling import ScriptedSampler
@@ -240,7 +240,7 @@ def test_every_control_recipe_parses_says_how_to_run_it_and_is_found_by_name():
         config = build(SafeMoEConfig, read_yaml(path), str(path))
         assert config.control == path.stem
         assert f"-c controls/{path.stem}" in path.read_text(encoding="utf-8")
-        assert _recipe("safemoe", f"controls/{path.stem}") == path
+        assert find_recipe("safemoe", f"controls/{path.stem}") == path
 
 
 def test_the_matched_adapter_has_the_size_that_the_specification_gives():

@@ -1,0 +1,3 @@
+from tempering.cli import main
+
+main()
