@@ -184,7 +184,7 @@ def summary(args: argparse.Namespace, out: Path, jobs: Sequence[tuple[str, int]]
     start = Run.open(out / "start")
     before, before_prices = answers(start), prices(start)
     arms: dict[str, Any] = {}
-    curves: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
     for arm in args.arms:
         runs = [(out / f"{a}-seed{s}", s) for a, s in jobs if a == arm]
         rows = []
@@ -201,7 +201,7 @@ def summary(args: argparse.Namespace, out: Path, jobs: Sequence[tuple[str, int]]
                 ),
             })  # fmt: skip
             if columns:
-                curves.setdefault(arm, []).append(relearned(evals))
+                curves[arm].append(relearned(evals))
         arms[arm] = entry(rows, before)
     return {
         "settings": {k: v for k, v in vars(args).items() if k != "plan"},
@@ -261,7 +261,9 @@ def half_back(curve: Mapping[str, Any], items: Any) -> float | None:
 
 
 def compared(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean steps of both, and their difference with an interval over questions and seeds."""
+    """Mean steps of both, their difference, its interval over questions and seeds; none where one forgot nothing."""
+    if not ours or not theirs:
+        return {"difference": None, "low": None}
     n = len(ours[0]["original"])
 
     def mean(curves: Sequence[Mapping[str, Any]], items: Any) -> float | None:

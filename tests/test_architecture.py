@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "plugins": {"core", "data", "judges", "attacks", "evals", "plugins"},
     "serving": {"core", "attacks", "methods", "serving", "api"},
 }
-LEAVES = {"records", "preference", "policy_gradient", "stats"}
+LEAVES = {"records", "preference", "policy_gradient", "stats", "draws"}
 
 
 def layer(path: Path) -> str:

@@ -3,8 +3,9 @@ import torch
 
 from tempering.core import progress
 from tempering.core.activations import capture
+from tempering.core.draws import HEAD, inverse_transform
 from tempering.core.records import Prompt, as_messages
-from tempering.core.sampling import HEAD, Interrupted, KeyedSampling, LocalSampler, ScriptedSampler, inverse_transform
+from tempering.core.sampling import Interrupted, KeyedSampling, LocalSampler, ScriptedSampler
 
 
 def prompts(count=8):

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from tempering.core.draws import Key, inverse_transform, uniforms
 from tempering.core.logprobs import most_likely
 from tempering.core.quarantine import require_override
-from tempering.core.sampling import Key, LocalSampler, context_of, inverse_transform, uniforms
+from tempering.core.sampling import LocalSampler, context_of
 
 DONE_SHARE = 8
 """Ended rows are taken out where they are at least one in so many: that copies the cache."""

@@ -5,7 +5,6 @@ Used by evals, attacks, judges and methods; refuses to know what the answers are
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tempering.core.activations import EndStates, capture
 from tempering.core.chat import Encoded, PromptFormat, encode_prompt
+from tempering.core.draws import Key, inverse_transform, uniforms
 from tempering.core.loading import Dtype, quiet_libraries
 from tempering.core.logprobs import score_groups
 from tempering.core.policy import Policy
@@ -28,13 +28,9 @@ from tempering.core.think import CLOSE, OPEN, Spans, decode, find_spans, parse_t
 
 THINK_TOKENS = "think_tokens"
 """Key in an adapter's lineage.json: it thinks before it answers, in at most so many tokens."""
-HEAD = 1024
-"""So many of the most likely tokens are sorted to sample from, unless the pick lies beyond them."""
 
 Job = tuple[int, int]
 """(place of the prompt, index of the sample)"""
-Key = tuple[int, str, int]
-"""(seed, id of the prompt, index of the sample): what a sample depends on."""
 
 
 class Interrupted(RuntimeError):  # noqa: N818  (what was asked for, not a fault)
@@ -430,45 +426,6 @@ class KeyedSampling(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
 
-def inverse_transform(scores: Tensor, u: Tensor, temperature: float | Tensor, top_p: float | Tensor) -> Tensor:
-    """Pick a token a row by inverse transform of u in [0, 1), the most likely tokens first. (B, V), (B,) -> (B,).
-
-    `temperature` and `top_p` may differ by row, (B, 1): what is picked in a row does not depend on the others.
-
-    Sorting a whole vocabulary would take longer than a small model's forward pass. Nearly always the pick is among
-    the `HEAD` most likely tokens, and they say so themselves; only the other rows are sorted as a whole.
-    """
-    probs = torch.softmax(scores.double() / temperature, -1)
-    ids = scores.topk(min(HEAD, scores.shape[1]), -1).indices.sort(-1).values
-    head, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    order = ids.gather(1, order)
-    # Tokens as likely as the last one may be among those left out, in front of it.
-    is_sure = head > head[:, -1:] if ids.shape[1] < scores.shape[1] else torch.ones_like(head, dtype=torch.bool)
-    mass = head.cumsum(-1)
-    ends = ((mass >= top_p) & is_sure).any(-1)  # the nucleus, within the head
-    total = torch.where(ends, _nucleus(head, top_p)[:, -1], probs.sum(-1))
-    is_known = ends | (torch.as_tensor(top_p, device=scores.device) >= 1).reshape(-1)
-    is_found = is_known & (u * total < (head * is_sure).sum(-1))
-    picked = _pick(head, order, u * total, top_p)
-    if not is_found.all():
-        rest = ~is_found
-        whole, order = probs[rest].sort(dim=-1, descending=True, stable=True)
-        limit = top_p[rest] if isinstance(top_p, Tensor) else top_p
-        picked[rest] = _pick(whole, order, u[rest] * _nucleus(whole, limit)[:, -1], limit)
-    return picked
-
-
-def _nucleus(probs: Tensor, top_p: float | Tensor) -> Tensor:
-    """Cumulated mass of the smallest set that reaches top_p, the first token always. Sorted (B, K) -> (B, K)."""
-    return probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0).cumsum(-1)
-
-
-def _pick(probs: Tensor, order: Tensor, at: Tensor, top_p: float | Tensor) -> Tensor:
-    """The token in whose share of the nucleus `at` lies. Sorted (B, K), its ids (B, K), (B,) -> (B,)."""
-    place = torch.searchsorted(_nucleus(probs, top_p), at[:, None], right=True).clamp(max=probs.shape[1] - 1)
-    return order.gather(1, place)[:, 0]
-
-
 class _Told(LogitsProcessor):
     """Tell whoever shows progress at which token a batch is, ask whether to go on, and change nothing."""
 
@@ -504,13 +461,6 @@ class _Chosen(LogitsProcessor):
         assert self.said.logprob is not None
         self.said.chosen.append(self.said.logprob.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1))
         return scores
-
-
-def uniforms(key: Key, steps: int) -> np.ndarray:
-    """The uniform numbers of a sample, one a token; fewer steps are the first of more."""
-    seed, prompt_id, index = key
-    digest = hashlib.sha256(f"{seed}:{prompt_id}:{index}".encode("utf-8", "surrogatepass")).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big"))).random(steps)
 
 
 def context_of(policy: Policy) -> int:

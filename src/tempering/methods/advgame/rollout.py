@@ -16,10 +16,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from tempering.core.draws import Key
 from tempering.core.endpoint import EndpointSampler
 from tempering.core.records import Prompt, Verdict, content_id
 from tempering.core.run import Run
-from tempering.core.sampling import Key, LocalSampler
+from tempering.core.sampling import LocalSampler
 from tempering.data.attacker import INSTRUCTIONS, Category, attacker_message
 from tempering.data.seeds import Seed
 from tempering.judges.game import Asked, GameJudge, game_judge

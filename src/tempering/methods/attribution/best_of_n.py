@@ -24,8 +24,9 @@ from torch import Tensor
 
 from tempering import judges
 from tempering.core.chat import encode_prompt
+from tempering.core.draws import Key
 from tempering.core.records import Completion, Prompt
-from tempering.core.sampling import Ended, Key, LocalSampler, Sampler
+from tempering.core.sampling import Ended, LocalSampler, Sampler
 from tempering.core.think import OPEN, find_spans, joined
 from tempering.methods.attribution.card import Card
 from tempering.methods.attribution.readout import falls_back
