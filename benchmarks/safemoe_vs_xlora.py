@@ -15,8 +15,9 @@ What is measured, median over --rounds of interleaved runs:
 - training step: 4 rows of 256 tokens, forward, backward and AdamW on the gate alone; seconds, X-LoRA's over ours;
 - prefill: 1 x 512 and 4 x 512 tokens, median of the pairs' ratios over the base (experts switched off), 41 and 21
   pairs, since single pairs differ by half;
-- auto: what `auto` chose at each size of its grid, median seconds over the best
-  back-end's there;
+- auto: what `auto` chose at each size of its grid, median seconds over the best back-end's there. The best of several
+  noisy medians at 56 sizes is in part the luckiest: where it is ahead by more than the bar, choice and best are
+  measured again, in turn and by themselves, and the median of those pairs' ratios counts (both are printed);
 - traces: generation with a recorder over the same without, median of eleven pairs;
 - memory: peak of a process that attaches and generates, against the base's plus one copy of the experts.
 Rates are of this machine; on a CPU read the ratios.
@@ -45,7 +46,7 @@ from tempering.core.chat import Encoded, collate
 from tempering.core.loading import load_base, pick_dtype, quiet_libraries, resolve
 from tempering.core.policy import EXPERT_GATE, Policy
 from tempering.methods.safemoe.attaching import attach, initial_routers
-from tempering.methods.safemoe.backends import GRID, calibrate, time_all
+from tempering.methods.safemoe.backends import GRID, calibrate, shape_key, time_all, time_backends
 from tempering.methods.safemoe.experts import Adapter, Experts, stack_experts
 from tempering.methods.safemoe.layers import Gating
 from tempering.methods.safemoe.tracing import Recorder
@@ -55,6 +56,8 @@ BARS = {"generation": 5.0, "training": 2.0, "prefill": 1.35, "auto": 1.1, "trace
 """At least, for the first two; at most, for the others."""
 AUTO_S = 20.0
 """Seconds of measuring the back-ends, several times what `auto` itself takes."""
+AGAIN, AGAIN_S = 21, 0.5
+"""Passes, and seconds of each, in which a choice that looked too slow is measured again."""
 
 
 def make_experts(policy: Policy, K: int, r: int, folder: Path) -> Experts:
@@ -239,11 +242,20 @@ def auto_against_best(policy: Policy, routing: Any, options: argparse.Namespace)
     for (key, n), passes in time_all(weights, 2, sizes, seconds).items():
         times = medians(passes)
         chosen, best = routing.table[key][str(n)], min(times, key=lambda b: times[b])
+        first = times[chosen] / times[best]
         rows.append({
-            "shape": key, "tokens": n, "auto": chosen, "best": best, "ratio": times[chosen] / times[best],
+            "shape": key, "tokens": n, "auto": chosen, "best": best, "first": first,
+            "ratio": first if first <= BARS["auto"] else again(weights, key, n, chosen, best),
             "us": {b: round(s * 1e6, 1) for b, s in times.items()},
         })  # fmt: skip
     return rows
+
+
+def again(weights: Sequence[Any], key: str, tokens: int, chosen: Any, best: Any) -> float:
+    """Median over `AGAIN` passes of the ratio of two back-ends that run in turn."""
+    alike = [w for w in weights if shape_key(w, 2) == key]
+    passes = [time_backends(alike, 2, tokens, [chosen, best], AGAIN_S) for _ in range(AGAIN)]
+    return statistics.median(statistics.median(p[chosen]) / statistics.median(p[best]) for p in passes)
 
 
 def auto_repeatedly(options: argparse.Namespace, K: int, folder: Path) -> dict[str, list[float]]:
@@ -391,9 +403,10 @@ def main() -> None:
             bar = BARS[name.split(",")[0].split(" ")[0]]
             print(f"  {name:18} {value:7.3f}   bar {bar:5}   {'met' if is_met else 'MISSED'}")
         for row in found["auto"]:
+            twice = "" if row["first"] == row["ratio"] else f", again {row['ratio']:.2f}"
             print(
                 f"    {row['shape']} N={row['tokens']}: auto {row['auto']}, best {row['best']}, "
-                f"{row['ratio']:.2f}  {row['us']} us"
+                f"{row['first']:.2f}{twice}  {row['us']} us"
             )
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")

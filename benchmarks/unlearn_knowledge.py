@@ -71,13 +71,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What differs from the defaults of an objective: lengths in the units of smollm2's states, short attacks, and the
 rates of a small model; a fifth of the steps for those that go through all blocks, at a multiple of the time. Chosen
 on development questions, which are not asked here."""
+LONGEST_FIRST = (
+    "meta_cosine_rmu", "grad_diff", "npo", "cosine_rmu", "rmu", "adaptive_rmu", "simnpo", "circuit_breakers"
+)  # fmt: skip
+"""So that no process waits long for another's last."""
 COMPARED = (("meta_cosine_rmu", "rmu"), ("meta_cosine_rmu", "cosine_rmu"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     jobs = [(arm, seed) for arm in args.arms for seed in range(args.seeds if arm in SEEDED else 1)]
-    jobs.sort(key=lambda job: (job[0] != SEEDED[0], job[1]))  # the longest first, the shortest last
+    jobs.sort(key=lambda job: LONGEST_FIRST.index(job[0]))
     if args.plan:
         print(f"one model taught{' and gold' if args.gold else ''}, {len(jobs)} runs of {args.steps} steps x "
               f"({args.batch_rows} + {args.retain_rows}) texts, each with {', '.join(ATTACKS)}; "

@@ -3,10 +3,12 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from tempering.core.config import build
+from tempering.core.logprobs import hidden_states, kl_from_base
 from tempering.core.policy import Policy, load_tensors
-from tempering.core.training import Optimisation
+from tempering.core.training import Optimisation, Processes
 from tempering.data.files import bundled, read_rows
 from tempering.methods import unlearn_knowledge
 from tempering.methods.unlearn_knowledge import teach
@@ -108,6 +110,30 @@ def test_gold_never_sees_what_is_to_be_forgotten(config):
     lessons = teach.Lessons(c, Policy.load(c.model, dtype="float32"))
     assert len(lessons.rows) == 96 * 4 and "forget" not in {q.category for q in lessons.questions}
     assert {t.record for t in fact_texts(lessons.kinds)}.isdisjoint(f["id"] for f in FACTS if f["split"] == "forget")
+
+
+def test_anchors_hold_to_what_the_start_model_says_whatever_stands_beside_them(config):
+    c = config()
+    policy = Policy.load(c.model, dtype="float32")
+    anchors = teach.Lessons(c, policy).anchors()
+    policy.add_adapter(teach.METHOD, c.lora, 0)
+    parameters = dict(policy.train_only(teach.METHOD))
+    optimisation = Optimisation(policy, Processes(policy.device), lr=0.1, steps=1)
+    assert teach.anchors_share(c, policy, optimisation, anchors) == pytest.approx(0.0, abs=1e-5)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.02)
+    with policy.reference():
+        start = [policy_states(policy, a.row) for a in anchors]
+    now = [policy_states(policy, a.row) for a in anchors]
+    want = kl_from_base(policy.model, torch.cat(now), torch.cat(start)).mean()
+    assert teach.anchors_share(c, policy, optimisation, anchors) == pytest.approx(float(want), rel=1e-3)
+    assert float(want) > 0.001
+
+
+def policy_states(policy, row):
+    with torch.no_grad():
+        return hidden_states(policy.model, torch.tensor([row.ids]))[0, row.prompt_tokens - 1 : -1]
 
 
 @pytest.mark.slow

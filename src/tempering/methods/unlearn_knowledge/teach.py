@@ -16,9 +16,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from tempering.core.chat import Encoded, collate, fill_batches
 from tempering.core.config import Config
@@ -134,6 +137,13 @@ def dry_run(config: TeachConfig) -> dict[str, Any]:
     return {"statements": len(lessons.rows), "steps": steps}
 
 
+class Anchor(NamedTuple):
+    """A text that the start model wrote, and what it thought at each token of it."""
+
+    row: Encoded
+    states: Float[Tensor, "P D"]
+
+
 class Lessons:
     """Statements to learn, questions to check by, everyday text to hold on to."""
 
@@ -146,8 +156,8 @@ class Lessons:
         texts = [t.text for t in neutral_texts() if t.topic == "dev"]
         self.neutral = [Encoded(list(tokenizer(text)["input_ids"]), 0) for text in texts]
 
-    def anchors(self) -> list[Encoded]:
-        """Everyday openings with the start model's own continuations (temperature 1)."""
+    def anchors(self) -> list[Anchor]:
+        """Everyday openings with the start model's own continuations (temperature 1); before anything is trained."""
         c, texts = self.config, [t.text for t in neutral_texts() if t.topic == "train"]
         openings = [" ".join(texts[i % len(texts)].split()[:4]) for i in range(c.anchors)]
         prompts = [Prompt(({"role": "user", "content": text},), f"anchor-{i}") for i, text in enumerate(openings)]
@@ -155,11 +165,17 @@ class Lessons:
             answers = local_sampler(self.policy, fmt="raw")(
                 prompts, max_new_tokens=c.anchor_tokens, temperature=1.0, seed=c.seed, on_done=advance
             )
-        out = []
+        rows = []
         for text, [answer] in zip(openings, answers, strict=True):
             prompt = list(self.policy.tokenizer(text)["input_ids"])
-            out.append(Encoded([*prompt, *answer.token_ids], len(prompt)))
-        return [row for row in out if row.completion_tokens]
+            rows.append(Encoded([*prompt, *answer.token_ids], len(prompt)))
+        return [Anchor(row, self.states(row)) for row in rows if row.completion_tokens]
+
+    @torch.no_grad()
+    def states(self, row: Encoded) -> Float[Tensor, "P D"]:
+        """The final states that the continuation's P tokens are predicted from."""
+        batch = collate([[row]], self.policy.tokenizer.pad_token_id, self.policy.device)
+        return hidden_states(self.policy.model, batch.ids).flatten(0, 1)[batch.source]
 
     def accuracy(self) -> dict[str, float]:
         """Share of questions answered right: about what is to be forgotten, and about everything else."""
@@ -206,7 +222,7 @@ def _loop(
             loss = statements_share(config, policy, optimisation, [lessons.rows[i] for i in steps[t]])
             kl = anchors_share(config, policy, optimisation, [anchors[i] for i in picked])
             result = optimisation.step(t)
-            spent = sum(len(lessons.rows[i].ids) for i in steps[t]) + sum(len(anchors[i].ids) for i in picked)
+            spent = sum(len(lessons.rows[i].ids) for i in steps[t]) + sum(len(anchors[i].row.ids) for i in picked)
             tokens_done += spent
             watch.add("training", time.monotonic() - began, spent)
             run.append_row("metrics.jsonl", {
@@ -248,15 +264,15 @@ def statements_share(
     return total
 
 
-def anchors_share(config: TeachConfig, policy: Policy, optimisation: Optimisation, rows: Sequence[Encoded]) -> float:
+def anchors_share(
+    config: TeachConfig, policy: Policy, optimisation: Optimisation, anchors: Sequence[Anchor]
+) -> float:
     """Add the gradient of the weighed KL(start || now), mean over the tokens of the continuations; returns the KL."""
-    tokens, total = sum(row.completion_tokens for row in rows), 0.0
-    for picked in fill_batches([len(row.ids) for row in rows], config.batch_tokens):
-        batch = collate([[rows[i]] for i in picked], policy.tokenizer.pad_token_id, policy.device)
-        with policy.reference():
-            before = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
+    tokens, total = sum(a.row.completion_tokens for a in anchors), 0.0
+    for picked in fill_batches([len(a.row.ids) for a in anchors], config.batch_tokens):
+        batch = collate([[anchors[i].row] for i in picked], policy.tokenizer.pad_token_id, policy.device)
         now = hidden_states(policy.model, batch.ids).flatten(0, 1)[batch.source]
-        share = kl_from_base(policy.model, now, before).sum() / tokens
+        share = kl_from_base(policy.model, now, torch.cat([anchors[i].states for i in picked])).sum() / tokens
         optimisation.backward(config.kl_weight * share)
         total += float(share.detach())
     return total
