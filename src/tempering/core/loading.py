@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tempering.core.allocator import keep_freed_memory
 from tempering.core.quarantine import BUNDLE, LOADABLE, SUFFIX, is_quarantined, require_safe
 from tempering.core.run import file_hash, replace_folder
 
@@ -184,6 +185,7 @@ def load_base(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             f"model {source.reference}: no language model: its files have no weights for {', '.join(missing[:3])}, "
             "which would be random numbers; name a model that generates text"
         )
+    keep_freed_memory()
     return model, load_tokenizer(source)
 
 
