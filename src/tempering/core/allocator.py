@@ -1,9 +1,8 @@
 """Freed memory stays with the process, where the C library is glibc.
 
 By itself glibc hands large blocks back to the system when they are freed, and takes them anew for the next layer,
-page by page zeroed: a fifth of the time of a training step of smollm2 on one core. After `keep_freed_memory` it keeps
-them, at the price of a peak that is higher by a sixth there. Blocks beyond 32 MiB, the most it can be told, still
-come and go: kept, they would leave holes as large.
+page by page zeroed. After `keep_freed_memory` it keeps them, at the price of a higher peak. Blocks beyond 32 MiB, the
+most it can be told, still come and go: kept, they would leave holes as large.
 """
 
 from __future__ import annotations
