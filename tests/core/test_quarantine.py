@@ -111,7 +111,7 @@ def test_every_way_to_use_it_is_refused_without_the_whole_override(expert, tmp_p
     ids=["chat", "eval", "redteam", "export"],
 )
 def test_every_command_refuses_it_with_a_message_and_code_2(expert, tmp_path, monkeypatch, capfd, words):
-    monkeypatch.setenv(VARIABLE, "1")  # the command line has no other half
+    monkeypatch.setenv(VARIABLE, "1")  # chat and eval have no other half
     name, *rest = words
     out = [] if name == "chat" else [f"out={tmp_path / 'out'}"]
     assert command([name, str(expert), *rest, *out]) == 2

@@ -355,6 +355,7 @@ def test_settings_that_cannot_work_are_refused(config, fields, message):
 
 def test_wrong_input_is_refused_before_anything_is_written(config, tmp_path, experts, tiny_model_dir):
     evaluation = write_rows(tmp_path / "eval.jsonl", [{"prompt": " MAY I take stone  0?"}])
+    trained_on = write_rows(tmp_path / "trained_on.jsonl", [{"prompt": unsafe_rows("river")[3]["prompt"]}])
     other = str(tiny_model_dir("llama", seed=1))
     cases = [
         ({"router_data": None}, "router_data: name a file"),
@@ -363,6 +364,7 @@ def test_wrong_input_is_refused_before_anything_is_written(config, tmp_path, exp
         ({"experts": [experts[0], experts[0]]}, "expert stone: domain"),
         ({"experts": [*experts, str(tmp_path / "no")]}, "no such folder"),
         ({"evaluation_data": [evaluation]}, "router_data: prompt .* is in it too"),
+        ({"evaluation_data": [trained_on]}, "expert river: prompt .* is in it too"),
         ({"model": other}, "expert stone: base: it was trained on other base weights"),
         ({"split": {"share": 0.99}}, "no answer is left"),
     ]

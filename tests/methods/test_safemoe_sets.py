@@ -159,6 +159,13 @@ def test_the_first_good_answer_is_kept_with_its_attempt_and_the_plain_prompt(tmp
     assert len(set(seeds)) > 1
 
 
+def test_the_first_rows_of_a_set_are_of_all_domains(tmp_path):
+    _, load = teacher(lambda p, i: GOOD)
+    result = run_safe_set(prompts(tmp_path, 20), SafeSetConfig(out=str(tmp_path / "set")), load)
+    first = [row["domain"] for row in rows_of(result["file"])][:12]
+    assert 3 <= first.count("theft") <= 9  # what `limit` of training takes is a fair sample
+
+
 def test_a_prompt_is_given_up_after_its_attempts_and_nothing_good_is_a_failure(tmp_path):
     sampler, load = teacher(["I can't help with that."])
     config = SafeSetConfig(out=str(tmp_path / "set"), per_domain=2, attempts=3)
@@ -241,6 +248,17 @@ def test_every_control_recipe_parses_says_how_to_run_it_and_is_found_by_name():
         assert config.control == path.stem
         assert f"-c controls/{path.stem}" in path.read_text(encoding="utf-8")
         assert find_recipe("safemoe", f"controls/{path.stem}") == path
+
+
+def test_control_recipes_train_as_the_demo_does():
+    folder = Path(tempering.__file__).parent / "recipes" / "safemoe"
+    demo = build(SafeMoEConfig, read_yaml(folder / "demo.yaml"), "demo")
+    for path in sorted((folder / "controls").glob("*.yaml")):
+        config = build(SafeMoEConfig, read_yaml(path), path.stem)
+        for key in ("model", "router_data", "evaluation_data", "epochs", "lr", "batch_rows", "max_length"):
+            assert getattr(config, key) == getattr(demo, key), (path.stem, key)
+        if not config.experts:
+            assert config.expert.model_copy(update={"unsafe": True}) == demo.expert, path.stem
 
 
 def test_the_matched_adapter_has_the_size_that_the_specification_gives():

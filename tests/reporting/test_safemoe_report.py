@@ -16,8 +16,10 @@ from tempering.reporting.report import write_report
 from tempering.reporting.safemoe import (
     CAUSES,
     NOT_SHOWN,
+    expert_names,
     expert_shares,
     joint_difference,
+    names_in,
     read_traces,
     ribbons,
     routing_facts,
@@ -82,14 +84,14 @@ def test_joint_scores_are_compared_on_shared_prompts_only():
         joint_difference(rows([]), rows([1]))
 
 
-def trace(root, idx, row, domains, tokens=None):
+def trace(root, idx, row, domains, tokens=None, part=None):
     (root / "traces").mkdir(parents=True)
     idx = np.asarray(idx, dtype=np.uint8)
     count = len(row)
     tensors = {
         "idx": idx, "w": np.ones(idx.shape, dtype=np.float16), "row": np.asarray(row, dtype=np.int32),
         "pos": np.arange(count, dtype=np.int32), "token": np.asarray(tokens or range(count), dtype=np.int32),
-        "part": np.ones(count, dtype=np.uint8),
+        "part": np.asarray(part or [1] * count, dtype=np.uint8),
     }  # fmt: skip
     save_file(tensors, root / "traces" / "eval.safetensors")
     lines = [{"id": str(i), "domain": domain} for i, domain in enumerate(domains)]
@@ -98,13 +100,26 @@ def trace(root, idx, row, domains, tokens=None):
 
 def test_domains_that_share_no_expert_have_information_ln_d_and_alike_ones_none(tmp_path):
     trace(tmp_path / "apart", [[[0]], [[0]], [[1]], [[1]]], [0, 0, 1, 1], ["a", "b"])
-    domains, shares = expert_shares(read_traces(tmp_path / "apart")["eval"])
+    domains, shares = expert_shares(read_traces(tmp_path / "apart")["eval"], 3)
     assert domains == ["a", "b"]
-    assert shares.tolist() == [[1, 0], [0, 1]]
+    assert shares.tolist() == [[1, 0, 0], [0, 1, 0]]  # the third was never selected, and is there all the same
     assert routing_facts(read_traces(tmp_path / "apart")["eval"]).startswith(f"MI {math.log(2):.3f} nats (p ")
     trace(tmp_path / "alike", [[[0]], [[1]], [[0]], [[1]]], [0, 0, 1, 1], ["a", "b"])
     facts = routing_facts(read_traces(tmp_path / "alike")["eval"])
     assert facts == "MI 0.000 nats (p 1.000, 2 prompts), switch rate 1.00"
+
+
+def test_switches_are_counted_among_tokens_of_the_answer_alone(tmp_path):
+    idx = [[[0]], [[1]], [[0]], [[1]], [[1]], [[1]], [[1]], [[0]]]
+    trace(tmp_path, idx, [0] * 8, ["a"], part=[0, 0, 0, 1, 1, 1, 1, 1])
+    assert routing_facts(read_traces(tmp_path)["eval"]).endswith("switch rate 0.25")  # one of four, not four of seven
+
+
+def test_every_expert_has_a_name_and_the_null_expert_its_own(tmp_path):
+    config = {"expert_data": {"fraud": "x", "theft": "y"}, "null_expert": True}
+    trace(tmp_path, [[[0]]], [0], ["a"])
+    assert names_in(config, read_traces(tmp_path)["eval"]) == ["fraud", "theft", "null expert"]
+    assert expert_names(config, 2) == ["fraud", "theft"]
 
 
 class Settings(Config):

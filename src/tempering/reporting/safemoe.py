@@ -25,6 +25,9 @@ LEAST_PROMPTS = 100
 NOT_SHOWN = "unsafe knowledge is not shown to be the cause"
 GATE_CURVES = (("load_entropy", "load, of its maximum"), ("max_share", "largest share"))
 RIBBON_TOKENS, RIBBON_ROWS = 160, 3
+COMPLETION = 1
+MOST_LINES = 7
+"""Experts whose share is drawn over training: a colour each, and one for equal shares."""
 
 
 # --- the verdict --------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ class Trace(NamedTuple):
     """(T, R, k) experts."""
     row: Any
     part: Any
-    """0 prompt, 1 completion."""
+    """0 prompt, `COMPLETION`."""
     token: Any
     rows: list[Row]
 
@@ -138,10 +141,9 @@ def read_traces(root: Path) -> dict[str, Trace]:
     return found
 
 
-def expert_shares(trace: Trace) -> tuple[list[str], Any]:
+def expert_shares(trace: Trace, experts: int) -> tuple[list[str], Any]:
     """Return domains in the order of their names, and the share of each expert in their selections, (D, K)."""
     domains = sorted({str(row.get("domain") or "unknown") for row in trace.rows})
-    experts = int(trace.idx.max()) + 1 if trace.idx.size else 1
     counts = np.zeros((len(domains), experts))
     of_row = np.array([domains.index(str(row.get("domain") or "unknown")) for row in trace.rows])
     for d in range(len(domains)):
@@ -159,12 +161,13 @@ def by_prompt(trace: Trace, experts: int) -> Any:
 
 
 def routing_facts(trace: Trace) -> str:
-    """MI(domain; expert) with its p-value, domains permuted over prompts, and how often the first expert changes."""
+    """MI(domain; expert) with its p-value, domains permuted over prompts, and an answer's changes of first expert."""
     domains = [str(row.get("domain") or "unknown") for row in trace.rows]
     counts = by_prompt(trace, int(trace.idx.max()) + 1)
     rows = [i for i in range(len(domains)) if counts[i].any()]
     mi, p = stats.information_test(counts[rows], [domains[i] for i in rows])
-    rates = [stats.switch_rate(trace.idx[trace.row == i][:, :, 0]) for i in rows]
+    answers = trace.part == COMPLETION
+    rates = [stats.switch_rate(trace.idx[(trace.row == i) & answers][:, :, 0]) for i in rows]
     known = [rate for rate in rates if not np.isnan(rate)]
     switches = f", switch rate {np.mean(known):.2f}" if known else ""
     return f"MI {mi:.3f} nats (p {p:.3f}, {len(rows)} prompts){switches}"
@@ -180,18 +183,22 @@ def gate_plots(root: Path, config: Mapping[str, Any], steps: Sequence[Row], pref
                        [r[key] for r in usage if is_number(r.get(key))])
             for i, (key, label) in enumerate(GATE_CURVES, 1)
         ]  # fmt: skip
-        experts = len(usage[-1]["usage"])
+        last = usage[-1]["usage"]
+        names = expert_names(config, len(last))
+        drawn_experts = sorted(sorted(range(len(last)), key=lambda i: -last[i])[:MOST_LINES])
         shares = [
-            plots.Line(name, i, [r["step"] for r in usage], [r["usage"][i] for r in usage if len(r["usage"]) > i])
-            for i, name in enumerate(expert_names(config, experts)[:8])
+            plots.Line(names[i], n, [r["step"] for r in usage], [r["usage"][i] for r in usage if len(r["usage"]) > i])
+            for n, i in enumerate(drawn_experts)
         ]
-        panels = [("Load of the experts", entropies), ("Share of each expert", shares)]
+        shares.append(plots.Line("all alike", len(shares), [r["step"] for r in usage], [1 / len(last)] * len(usage)))
+        which = f", {MOST_LINES} most used of {len(last)}" if len(last) > MOST_LINES else ""
+        panels = [("Load of the experts", entropies), (f"Share of each expert{which}", shares)]
         drawn.append(plots.curves_plot(f"{prefix}gate", panels))
     for number, (name, trace) in enumerate(read_traces(root).items()):
         if not trace.idx.size:
             continue
-        domains, shares_ = expert_shares(trace)
-        names = expert_names(config, shares_.shape[1])
+        names = names_in(config, trace)
+        domains, shares_ = expert_shares(trace, len(names))
         title = f"Experts by domain of the request, {name}: {routing_facts(trace)}"
         drawn.append(plots.heat_plot(f"{prefix}experts-{number}", title, domains, names, shares_))
         layers = np.stack(
@@ -209,11 +216,23 @@ def gate_plots(root: Path, config: Mapping[str, Any], steps: Sequence[Row], pref
 
 
 def expert_names(config: Mapping[str, Any], count: int) -> list[str]:
-    """Name the experts as the configuration does, in their order; beyond it by number."""
+    """Name the experts as the configuration does, in their order, then the null expert; beyond it by number."""
+    named = configured(config)
+    return [*named, *(f"expert {i}" for i in range(len(named), count))][:count]
+
+
+def names_in(config: Mapping[str, Any], trace: Trace) -> list[str]:
+    """Names of all experts of a run, also of those that no token of its trace was sent to."""
+    seen = int(trace.idx.max()) + 1 if trace.idx.size else 0
+    return expert_names(config, max(seen, len(configured(config))))
+
+
+def configured(config: Mapping[str, Any]) -> list[str]:
+    """The experts that a configuration names, last the null expert where there is one."""
     named = [Path(str(folder)).name.removesuffix(".unsafe") for folder in config.get("experts") or []]
     made = (config.get("expert_rows") or {}).get("domains", [])
     named += [str(domain) for domain in [*(config.get("expert_data") or {}), *made]]
-    return [*named, *(f"expert {i}" for i in range(len(named), count))][:count]
+    return [*named, "null expert"] if named and config.get("null_expert") else named
 
 
 def ribbons(root: Path, config: Mapping[str, Any]) -> list[str]:
@@ -224,10 +243,10 @@ def ribbons(root: Path, config: Mapping[str, Any]) -> list[str]:
     found = []
     for name, trace in read_traces(root).items():
         middle = trace.idx.shape[1] // 2
-        names = expert_names(config, int(trace.idx.max()) + 1 if trace.idx.size else 0)
+        names = names_in(config, trace)
         words = _words(root, trace)
         for number, row in enumerate(trace.rows[:RIBBON_ROWS]):
-            at = np.flatnonzero((trace.row == number) & (trace.part == 1))[:RIBBON_TOKENS]
+            at = np.flatnonzero((trace.row == number) & (trace.part == COMPLETION))[:RIBBON_TOKENS]
             spans = "".join(
                 f'<span class="token series-{int(trace.idx[t, middle, 0]) % plots.SERIES + 1}" '
                 f'title="{html.escape(names[int(trace.idx[t, middle, 0])])}">{html.escape(words[t])}</span>'

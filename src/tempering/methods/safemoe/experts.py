@@ -106,6 +106,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     except Exception as error:  # JSON's, safetensors' own
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"expert {folder}: cannot be read ({first})") from error
+    inputs = recorded.get("inputs")
     domain = recorded.get("domain") or root.name.removesuffix(SUFFIX)
     source = {
         "domain": domain,
@@ -114,7 +115,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         "alpha": config.get("lora_alpha"),
         "base": known.get("base") or config.get("base_model_name_or_path"),
         "base_fingerprint": known.get("base_fingerprint"),
-        "inputs": recorded.get("inputs", {}),
+        "inputs": inputs if isinstance(inputs, dict) else {},
         "data_licences": recorded.get("data_licences", {}),
         "unsafe": bool(recorded.get("unsafe", config_file.name.endswith(SUFFIX))),
     }

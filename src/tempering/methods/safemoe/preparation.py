@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from tempering.core.quarantine import unsafe_name
 from tempering.core.records import LabelledCompletion, labelled_from_row, prompt_from_row
 from tempering.core.run import Run
 from tempering.core.sampling import local_sampler
-from tempering.data.files import read_records, training_file
+from tempering.data.describe import sha256_of
+from tempering.data.files import read_records, scan_rows, training_file
 from tempering.data.split import hold_out_prompts, prompt_key
 from tempering.methods.safemoe.attaching import require_layers
 from tempering.methods.safemoe.expert_rows import ExpertRowsConfig, file_of, read_domains, run_expert_rows
 from tempering.methods.safemoe.experts import (
+    Adapter,
     Experts,
     layers_of,
     only_layers,
@@ -183,7 +186,7 @@ def check(config: SafeMoEConfig, *, resume: bool = True) -> None:
         FileNotFoundError, ValueError: naming file and line, or the evaluation prompt that would be trained on.
         FileExistsError: rows or an expert that are to be made are there already, and `resume` is false.
     """
-    require_experts(config)
+    given = require_experts(config)
     rows = rows_config(config)
     made = [stage.settings["out"] for stage in stages(config)]
     for folder in [rows.out, *made] if rows else made:
@@ -203,14 +206,30 @@ def check(config: SafeMoEConfig, *, resume: bool = True) -> None:
     if rows:
         asked = (row for found in read_domains(rows).values() for row in found)
         keys["expert_rows"] = {prompt_key(prompt_from_row(row).text) for row in asked}
+    if config.evaluation_data:
+        keys |= {f"expert {expert.domain}": trained_prompts(expert) for expert in given}
     for file in config.evaluation_data:
         for prompt in read_records(training_file(file), prompt_from_row, what="prompt", repeats="drop").records:
             if where := next((w for w, found in keys.items() if prompt_key(prompt.text) in found), None):
                 raise ValueError(f"{where}: prompt {prompt.id} of {file} is in it too; evaluate on other prompts")
 
 
-def require_experts(config: SafeMoEConfig) -> None:
+def trained_prompts(expert: Adapter) -> set[str]:
+    """What an expert was asked in training, from the files that its run recorded and that are still the same."""
+    found = set()
+    for file, sha256 in expert.source["inputs"].items():
+        if not sha256 or sha256_of(file) != sha256:
+            continue
+        for _, row, _, _ in scan_rows(file):
+            with suppress(ValueError):  # a row that training left out
+                found.add(prompt_key(prompt_from_row(row or {}).text))
+    return found
+
+
+def require_experts(config: SafeMoEConfig) -> list[Adapter]:
     """Refuse experts that cannot be mixed, as far as this shows without the base and before others are trained.
+
+    Returns those that are there already.
 
     Raises:
         FileNotFoundError, ValueError: naming the expert and the field.
@@ -235,6 +254,7 @@ def require_experts(config: SafeMoEConfig) -> None:
                 f"expert.lora.target_modules is {wanted}, and expert {adapters[0].domain} has {theirs}; all need the "
                 "same layers"
             )
+    return adapters
 
 
 def prepare(config: SafeMoEConfig, policy: Policy) -> Data:

@@ -286,6 +286,7 @@ def run_safe_set(
             f"none of {len(attempts)} answers is good enough: {found['problems']}; name another generator"
         )
     identities = {"refusal": graders[0].identity, "filter": graders[1].identity}
+    kept.sort(key=lambda attempt: content_id(attempt.prompt.id))  # so that the first n rows are of all domains
     run.write_rows(OUT_FILE, [row_of(attempt, sampler.name, identities["filter"]) for attempt in kept])
     result = {"kept": len(kept), "file": str(run.root / OUT_FILE), "yield": found}
     run.write_json("summary.json", result)
