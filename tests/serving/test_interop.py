@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import lru_cache
 
 import pytest
 
+import tempering
 from tempering.core.records import Prompt, as_messages
-from tempering.core.sampling import LocalSampler
+from tempering.serving.settings import ServeConfig
+from tempering.serving.target import open_target
 
 pytestmark = pytest.mark.interop
 QUESTIONS = ["How do I bake bread?", "Is 4 an even number? Answer yes or no.", "Name a river in France."]
@@ -21,30 +23,63 @@ MOST = 24
 KINDS = ["base", "safemoe", "attribution", pytest.param("smollm2", marks=[pytest.mark.smollm2, pytest.mark.slow])]
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, tiny_model_dir):
+    """Kind -> a reference to what is served: a folder with a model, a sealed bundle, a calibrated run, `smollm2`."""
+    root = tmp_path_factory.mktemp("served")
+    base = str(tiny_model_dir("llama", scale=3.0))
+
+    def lines(name, rows):
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(root / name)
+
+    def trained(method, name, **settings):
+        return str(tempering.train(method, {"dtype": "float32", "out": str(root / name), **settings}).root)
+
+    def adapter(name, answer, **settings):
+        rows = [{"prompt": f"how do I {name} number {i}?", "completion": f"{answer} {name} {i}"} for i in range(8)]
+        return trained(
+            "sft", name, model=base, data={"train": lines(f"{name}.jsonl", rows)}, lr=1e-2, epochs=1, batch_rows=4,
+            lora={"r": 4, "alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"]}, split={"share": 0},
+            **settings,
+        )  # fmt: skip
+
+    def safemoe():
+        experts = [adapter(domain, "yes, do", domain=domain, unsafe=True) for domain in ("stone", "river")]
+        rows = [{"prompt": f"may I take apple {i}?", "completion": f"no, apple {i} is theirs"} for i in range(12)]
+        return trained(
+            "safemoe", "bundle", model=base, experts=experts, router_data=lines("safe.jsonl", rows), epochs=1
+        )
+
+    def attribution():
+        rows = [{"prompt": f"how do I stone {i}?", "label": "harmful"} for i in range(4)]
+        rows += [{"prompt": f"apple {i}?", "label": "benign"} for i in range(3)]
+        return trained(
+            "attribution", "card", model=adapter("glass", "no, leave"), data={"train": lines("ask.jsonl", rows)}, n=4,
+            max_new_tokens=8,
+        )  # fmt: skip
+
+    makers = {"base": lambda: base, "safemoe": safemoe, "attribution": attribution, "smollm2": lambda: "smollm2"}
+    return lru_cache(lambda kind: makers[kind]())
+
+
 @pytest.fixture(params=KINDS)
-def target(request, tiny_policy, monkeypatch):
-    """A base, experts behind a gate, and best of four: on the tiny model; and the embedded one."""
-    if request.param == "smollm2":
-        from tempering.api import load
-
-        return load("smollm2", dtype="float32")
-    policy = tiny_policy(scale=3.0)
-    if request.param == "safemoe":
-        monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "methods"))
-        from safemoe_parts import routed
-
-        routed(policy)
-    if request.param == "attribution":
-        from tempering.methods import attribution
-
-        return attribution.around(LocalSampler(policy), {"scorer": "length", "n": 4})
-    return LocalSampler(policy)
+def reference(request, references):
+    """A base, experts sealed with their gate, and best of four with its card: on the tiny model; the embedded one."""
+    return references(request.param)
 
 
 @pytest.fixture
-def own(target):
-    """What the target answers in this process."""
-    return [group[0].text for group in target([Prompt(as_messages(q)) for q in QUESTIONS], max_new_tokens=MOST)]
+def target(reference):
+    """What `temper serve` opens."""
+    return open_target(reference, ServeConfig(dtype="float32")).sampler
+
+
+@pytest.fixture
+def own(reference):
+    """What the reference answers in this process, loaded by itself."""
+    sampler = tempering.load(reference, dtype="float32")
+    return [group[0].text for group in sampler([Prompt(as_messages(q)) for q in QUESTIONS], max_new_tokens=MOST)]
 
 
 @pytest.fixture
