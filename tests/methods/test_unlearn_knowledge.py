@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tempering.core.activations import blocks
 from tempering.core.config import build
@@ -39,8 +40,6 @@ def toy_dir(tmp_path_factory, tiny_tokenizer):
 
     def make(family="llama"):
         if family not in made:
-            from transformers import AutoConfig, AutoModelForCausalLM
-
             config = AutoConfig.for_model(
                 family, vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
                 num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=2, pad_token_id=0,
@@ -291,18 +290,36 @@ def test_a_dead_edited_tensor_and_a_gradient_that_is_not_finite_stop_the_run(ter
 def test_the_first_order_meta_gradient_is_autograd_at_the_attacked_weights(adversary, entropy, terms):
     t = terms(meta={"adversary": adversary, "entropy": entropy, "lr": [0.05, 0.05], "checkpoints": [2]})
     found = t.meta_gradient(0, 0, math.inf, {})
-    # The same once more, by a model whose weights really are the attacked ones.
-    attack = draw_attack(t.config.meta, 42, 0, False)
-    query = [t.pools[0].query[i] for i in query_rows(t)]
-    loss = lambda: t.query_loss(t.batch(query), float(len(query)), 0, None)  # noqa: E731
-    at_start = loss()
-    with t.attacker.present({}):
-        attacked = {n: p.detach().clone() for n, p in t.policy.model.named_parameters()}
-    with t.attacker.present(t.parameters):
-        assert not torch.allclose(loss(), at_start)
-        want = torch.autograd.grad(loss(), list(t.parameters.values()))
-    assert torch.allclose(torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in want]))
-    assert attacked and attack.lr == pytest.approx(0.05)
+    # Once more with nothing of ours: a plain model that has the attacker's changes in its weights, row by row.
+    model = AutoModelForCausalLM.from_pretrained(t.config.model, dtype=torch.float32)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    before = {name: w.clone() for name, w in weights.items()}
+    if adversary == "lora":
+        for name, layer in t.policy.lora_layers():
+            a, b = (half["attacker"].weight.detach() for half in (layer.lora_A, layer.lora_B))
+            weights[f"{plain(name)}.weight"] += b @ a  # alpha is the rank
+    else:
+        for name, weight in t.attacker.overlay.items():
+            weights[plain(name)].copy_(weight)
+    attacked = [name for name, w in weights.items() if not torch.equal(w, before[name])]
+    assert {name.rpartition("proj")[0].rpartition(".")[2] for name in attacked if "proj" in name} >= {"down_", "q_"}
+    rows, loss = [t.pools[0].query[i] for i in query_rows(t)], 0.0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        out = model(input_ids=ids, output_hidden_states=True)
+        h, log_p = out.hidden_states[t.plan.layer + 1][0], out.logits[0].log_softmax(-1)
+        price = 1 - torch.cosine_similarity(h, t.target.at(0, ids).reshape(1, -1), dim=-1)
+        price = price + entropy * (log_p.exp() * log_p).sum(-1)
+        loss = loss + price[1:].mean() / len(rows)  # the first token counts in no loss
+    want = torch.autograd.grad(loss, [model.get_parameter(plain(name)) for name in found])
+    for ours, theirs in zip(found.values(), want, strict=True):
+        assert float(theirs.norm()) > 0
+        assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
+
+
+def plain(name):
+    """What a parameter is called in a model without PEFT around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def query_rows(t):

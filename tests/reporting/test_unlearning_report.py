@@ -114,6 +114,13 @@ def test_all_attacks_give_a_headline_one_number_curves_and_a_table(made, tmp_pat
     assert content["systems"][1]["metrics"]["recovered_fraction/relearning"]["value"] == 0.5
 
 
+def test_perplexity_alone_does_not_say_what_was_kept(made, tmp_path):
+    write_report(made()[1:], tmp_path / "out")  # the start model's capability was not measured
+    text = " ".join(Page((tmp_path / "out/report.html").read_text(encoding="utf-8")).text.split())
+    assert "and what was kept was not measured" in text and "H unknown" in text
+    assert "no capability or kept knowledge was measured on both target and start model" in text
+
+
 @pytest.mark.parametrize("missing", ATTACKS)
 def test_without_one_attack_there_is_no_headline_and_no_number(missing, made, tmp_path):
     content = write_report(made([name for name in ATTACKS if name != missing]), tmp_path / "out")

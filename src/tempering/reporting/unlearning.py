@@ -27,6 +27,7 @@ ATTACKS = ("relearning", "quantisation", "direction_ablation")
 """The evals without which robustness is not measured."""
 NOT_MEASURED = "robustness not measured"
 RECOVERED = "recovered_fraction"
+PERPLEXITY = "perplexity on everyday text"
 FORGET = "forget"
 """Category of the questions about what was to be forgotten; all others are about what was to be kept."""
 _NUMBERS = ("steps_to_half", "relearn_ratio", "relearning_auc", "latent_fraction")
@@ -52,8 +53,8 @@ class Unlearned(NamedTuple):
 
     @property
     def retain_ratio(self) -> float | None:
-        """The smallest of the suites'."""
-        return min(self.retained.values(), default=None)
+        """The smallest of the suites'; `None` where only perplexity was compared, which may stay where answers go."""
+        return min(self.retained.values()) if set(self.retained) - {PERPLEXITY} else None
 
     @property
     def robust_norm(self) -> float | None:
@@ -221,7 +222,7 @@ def _retained(system: System, start: System | None) -> dict[str, float]:
     found: dict[str, float] = {}
     drift = system.metrics.get("neutral_nll_change")
     if drift and drift.value is not None:
-        found["perplexity on everyday text"] = min(1.0, math.exp(-drift.value))
+        found[PERPLEXITY] = min(1.0, math.exp(-drift.value))
     forgotten = {e.data_hash for e in _evals(system) if e.kind in ATTACKS}
     if start is None:
         return found
@@ -266,10 +267,11 @@ def _parts(found: Unlearned) -> list[tuple[str, str, str]]:
     about = f"{found.what.replace('_', ' ')}: {_number(found.start)} before, {_number(found.now)} after"
     attack = "" if found.worst is None else f"1 less what {found.worst[0]} brings back"
     attack = f"{NOT_MEASURED}: no {', no '.join(found.missing)}" if found.missing else attack
-    no_suite = "no retained suite was measured on both target and start model"
+    no_suite = "no capability or kept knowledge was measured on both target and start model"
+    kept = "; ".join(filter(None, [kept, "" if found.retain_ratio is not None else no_suite]))
     return [
         ("forgotten", _number(found.forgotten), about),
-        ("kept", _number(found.retain_ratio), kept or no_suite),
+        ("kept", _number(found.retain_ratio), kept),
         ("robust", _number(found.robust_norm), attack),
         ("H", _number(found.aggregate), "harmonic mean of the three; a part missing: no H"),
     ]  # fmt: skip

@@ -15,7 +15,14 @@ from tempering.core.progress import say
 from tempering.core.stats import forgotten, kept
 from tempering.methods.unlearn_knowledge.quiz import Chance, Question, against_chance, read_questions, right_answers
 from tempering.methods.unlearn_knowledge.settings import UnlearnKnowledgeConfig
-from tempering.methods.unlearn_knowledge.texts import DEMO, contaminated, neutral_texts, read_texts, to_forget
+from tempering.methods.unlearn_knowledge.texts import (
+    DEMO,
+    contaminated,
+    neutral_texts,
+    read_texts,
+    to_forget,
+    to_keep,
+)
 
 FORGET = "forget"
 NEUTRAL_TEXTS = 64
@@ -133,14 +140,15 @@ def check_start(config: UnlearnKnowledgeConfig, measurer: Measurer) -> Chance | 
     Returns how much it knows; `None` where no question asks, and nothing can be claimed.
 
     Raises:
-        ValueError: it is at chance, or a text to forget holds a question, or the simulated attacker is given one
-            (every such row is named).
+        ValueError: it is at chance, or a text to forget or to keep holds a question, or the simulated attacker is
+            given one (every such row is named).
     """
     asked = {q.id: q.question for q in measurer.questions}
-    if found := contaminated(to_forget(config), asked):
-        raise ValueError(
-            f"data.train holds questions that the model is asked afterwards: {', '.join(found)}; remove these rows"
-        )
+    for where, texts in (("data.train", to_forget(config)), ("data.retain", to_keep(config))):
+        if found := contaminated(texts, asked):
+            raise ValueError(
+                f"{where} holds questions that the model is asked afterwards: {', '.join(found)}; remove these rows"
+            )
     if config.data.attack_questions:
         words = {" ".join(q.casefold().split()): i for i, q in asked.items()}
         given = [(q.id, words.get(" ".join(q.question.casefold().split()))) for q in

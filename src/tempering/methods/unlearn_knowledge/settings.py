@@ -200,12 +200,13 @@ class UnlearnKnowledgeConfig(Config):
     skip_first: int = Field(default=1, ge=0)
     """First tokens of each text that count in no loss on states: an attention sink that all texts share."""
     lr: float | None = None
-    """Learning rate, constant; null: 1e-3 for losses on states (5e-5 at 7B), 1e-4 circuit_breakers, 1e-5 others."""
+    """Learning rate, constant; null: 3e-3 for the cosine objectives, 1e-3 for other losses on states (5e-5 at 7B),
+    1e-4 circuit_breakers, 1e-5 others."""
     gamma: float | None = None
     """Of the forget term; null: 1 (simnpo 0.125)."""
     alpha: float | None = None
-    """Of the retain term; null: 30 for the cosine objectives (300 at 7B), 1200 for rmu and adaptive_rmu, 10 for
-    circuit_breakers, 1 for the others."""
+    """Of the retain term; null: 10 for the cosine objectives (300 at 7B) and circuit_breakers, 30 for
+    probe, 1200 for rmu and adaptive_rmu, 1 for the others."""
     beta: float | None = None
     """Of npo (null: 0.1) and simnpo (null: 4.5)."""
     delta: float = 0.0

@@ -124,7 +124,7 @@ def tokenize(config: UnlearnKnowledgeConfig, tokenizer: Any) -> Corpus:
         raise ValueError(f"max_length={limits}: expected one number for each of the topics {', '.join(topics)}")
     both = sorted({t.text.strip() for t in forget} & {t.text.strip() for t in keep})
     if both:
-        rows = ", ".join(sorted(t.id for t in forget if t.text.strip() in both)[:8])
+        rows = ", ".join(sorted(t.id for t in forget if t.text.strip() in both))
         raise ValueError(f"data.retain holds {len(both)} text(s) that are to be forgotten: rows {rows}; remove them")
 
     def tokens(texts: Sequence[Text], length: int, what: str) -> list[Tokens]:

@@ -175,7 +175,7 @@ def read_corpus(config: UnlearnToxicityConfig, policy: Any) -> Corpus:
     retain, neutral = _to_keep(config, policy, tokens)
     both = sorted({tuple(t.ids) for t in forget} & {tuple(t.ids) for rows in retain.values() for t in rows})
     if both:
-        named = ", ".join(sorted(t.id for t in forget if tuple(t.ids) in both)[:8])
+        named = ", ".join(sorted(t.id for t in forget if tuple(t.ids) in both))
         raise ValueError(f"data.retain holds {len(both)} text(s) that are to be unlearned: rows {named}; remove them")
     if not forget:
         raise ValueError(f"{train}: no text to unlearn is left")
