@@ -429,6 +429,44 @@ def test_rude_texts_of_the_check_are_held_against_their_civil_twins(tmp_path):
 
 # --- processes ------------------------------------------------------------------------------------------
 
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from tempering.core.config import build, read_yaml
+from tempering.methods import unlearn_toxicity as m
+torch.set_num_threads(1)
+step, root = m.EditOptimiser.step, Path(sys.argv[1])
+
+def die(self, gradients, t):
+    if t == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, gradients, t)
+
+m.EditOptimiser.step = die
+m.train(build(m.CONFIG, read_yaml(root), "test"), resume=root.with_suffix("").exists())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(settings, tmp_path):
+    import subprocess
+    import sys
+
+    import yaml
+
+    (tmp_path / "die.py").write_text(KILLED)
+
+    def run(name, die_at):  # all in processes of their own: two processes may round differently
+        tree = settings(out=str(tmp_path / name), beta_kl=0.5).model_dump(mode="json")
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+        command = [sys.executable, str(tmp_path / "die.py"), str(tmp_path / f"{name}.yaml"), str(die_at)]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert (run("want", -1), run("got", 3), run("got", -1)) == (0, -9, 0)
+    for name in ("edit.safetensors", "directions.safetensors"):
+        assert (tmp_path / "want/final" / name).read_bytes() == (tmp_path / "got/final" / name).read_bytes()
+
+
 TWO = """
 import sys, torch
 from pathlib import Path
