@@ -491,6 +491,19 @@ def test_toxicity_is_attacked_by_the_same_evals(target, data, tmp_path):
     assert any("held_out left out" in w for w in found["relearning"].warnings)
 
 
+def test_prompts_after_which_nothing_is_toxic_are_told(target, tmp_path):
+    class Calm(Vowels):
+        def __call__(self, prompt, completions):
+            return [Verdict(0.0, "vowels") for _ in completions]
+
+    prompts = tmp_path / "openings.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"so the {thing}"}) + "\n" for thing in THINGS[:2]))
+    shared = {"measure": "toxicity", "continuations": 2, "max_new_tokens": 4, "quantisations": ["int8"]}
+    config = EvalConfig(data=str(prompts), **shared, **QUICK)
+    result = EVALS["quantisation"](target("junk"), config, toxicity_judge=Calm())
+    assert any("there was nothing to unlearn; ask after others with data=FILE" in w for w in result.warnings)
+
+
 def test_the_original_is_back_and_away_again(target, base_dir):
     policy = target("junk").policy
     base, own = bits(Policy.load(str(base_dir), dtype="float32", device="cpu")), bits(policy)

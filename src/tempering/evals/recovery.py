@@ -134,6 +134,11 @@ def subject(
             "there is nothing to recover, and no recovered fraction"
         )
     chance = float(np.mean(neutral))
+    if is_toxicity and np.mean(known) <= chance:
+        warnings.append(
+            f"the original's {metric} ({np.mean(known):.3f}) is not above that after everyday text ({chance:.3f}): "
+            "after these prompts there was nothing to unlearn; ask after others with data=FILE"
+        )
     return Subject(
         policy, run, metric, items, groups, measure, known, unlearned, never, chance, identity, source, warnings
     )
