@@ -27,7 +27,6 @@ from safemoe_vs_xlora import attach_ours, generation, interleaved, make_experts,
 from tempering.core.activations import subtracted
 from tempering.core.policy import LoraSettings, Policy
 
-
 BLOCKS = 8
 
 
