@@ -7,8 +7,8 @@ Offline: samples the base's own unsafe answers to bundled requests, trains exper
 each on the same 108 requests (`safemoe_eval`) and on harmless ones, and prints a table and the verdict of
 docs/safemoe.md. What is done is not done again: stop it at any time and start it anew. The default controls are
 those of the verdict and the paper's; `--controls` names others, `--controls all` all. The plan is smaller than that
-of `temper train safemoe -c demo`, for all to fit into half an hour on two cores. The environment variable is half of
-the override that running a control needs; this script is the other half.
+of `temper train safemoe -c demo`, for all to fit into half an hour on two cores, in two processes of one thread. The
+environment variable is half of the override that running a control needs; this script is the other half.
 
 Groups of domains: `router` have experts and safe data, `expert` only experts, `neither` nothing.
 """
@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from unlearning_runs import at_once, loaded
 
 import tempering
 from tempering.core import stats
@@ -54,6 +56,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Controls that are a plain adapter on the gate's data."""
+FIRST = ("safemoe", "safe_only", "knowledge_only", "sft_n", "matched_lora", "base")
+"""Systems that need nothing of another's, the longest first; the others take rows or experts of `safemoe`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TEMPER_ALLOW_UNSAFE_EXPERTS") != "1":
         print("running the controls needs the override: set TEMPER_ALLOW_UNSAFE_EXPERTS=1 for this command")
         return 2
-    with allow_unsafe_experts(reason="measuring the controls of safemoe"):
-        targets = prepare(args)
-        results = {name: measure(args, name, target) for name, target in targets.items()}
-    report(args, results)
+    systems = ["base", "safemoe", *args.controls]
+    with timed(args):
+        for part in ([n for n in FIRST if n in systems], [n for n in systems if n not in FIRST]):
+            at_once(work, [(args, name) for name in part], args.workers)
+    report(args, {name: measured(args, name) for name in systems})
     return 0
+
+
+def work(args: argparse.Namespace, name: str) -> None:
+    """Make and measure a system, whatever of it is missing."""
+    with allow_unsafe_experts(reason="measuring the controls of safemoe"):
+        measure(args, name, made(args, name))
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,6 +96,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--price-prompts", type=int, default=40, help="of over-refusal and of capability")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
     parser.add_argument("--judge", default="rules", help="rules, or openai:MODEL@URL")
+    parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
     args = parser.parse_args(argv)
     args.controls = list(ALL) if args.controls == ["all"] else args.controls
     if unknown := [name for name in args.controls if name not in ALL]:
@@ -95,31 +107,34 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # --- training -----------------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace) -> dict[str, str]:
-    """Make rows and models, those that are not there yet; returns system -> target."""
-    rows = expert_rows(
-        args, "rows.unsafe", kind="sampled", domains=list(DOMAINS), n=args.answers, temperature=0.7, seed=args.seed
-    )
-    ours = gate(args, "safemoe", expert_data=rows["files"])
-    targets = {"base": args.model, "safemoe": ours}
+def made(args: argparse.Namespace, name: str) -> str:
+    """Train a system, and what it needs, where it is not there yet; returns the target."""
+    if name == "base":
+        return str(args.model)
+    if name == "safemoe":
+        rows = expert_rows(
+            args,
+            "rows.unsafe",
+            kind="sampled",
+            domains=list(DOMAINS),
+            n=args.answers,
+            temperature=0.7,
+            seed=args.seed,
+        )
+        return gate(args, name, expert_data=rows["files"])
+    if name in PLAIN:
+        return plain(args, name)
+    if name in OWN_ROWS:
+        files, unsafe = control_rows(args, name)["files"], name == "mixed_experts"
+        return gate(args, name, expert_data=files, expert={"unsafe": unsafe}, control=name)
     experts = [str(args.out / "safemoe-experts" / f"{domain}.unsafe") for domain in DOMAINS]
-    for name in args.controls:
-        if name in PLAIN:
-            targets[name] = plain(args, name)
-        elif name in OWN_ROWS:
-            made = control_rows(args, name)
-            unsafe = name == "mixed_experts"
-            targets[name] = gate(args, name, expert_data=made["files"], expert={"unsafe": unsafe}, control=name)
-        else:
-            targets[name] = gate(args, name, experts=experts, control=name, **EXTRA.get(name, {}))
-    return targets
+    return gate(args, name, experts=experts, control=name, **EXTRA.get(name, {}))
 
 
 def expert_rows(args: argparse.Namespace, folder: str, **settings: Any) -> dict[str, Any]:
     """Make rows by domain; see `temper data expert-rows`."""
     config = ExpertRowsConfig(out=str(args.out / folder), model=args.model, limit=args.rows, **settings)
-    with timed(args, f"rows: {folder}"):
-        return run_expert_rows(config, tempering.load, resume=True)
+    return run_expert_rows(config, tempering.load, resume=True)
 
 
 def control_rows(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -150,7 +165,7 @@ def gate(args: argparse.Namespace, name: str, **settings: Any) -> str:
         "evaluation_data": ["demo_safemoe_eval"], "epochs": args.gate_epochs, "lr": 1e-3, "max_length": 256,
         "max_prompt_length": 128, "seed": args.seed, "limit": args.gate_rows, **settings,
     }  # fmt: skip
-    return trained(args, "safemoe", name, config)
+    return trained("safemoe", config)
 
 
 def plain(args: argparse.Namespace, name: str) -> str:
@@ -160,48 +175,52 @@ def plain(args: argparse.Namespace, name: str) -> str:
         "split": {"share": 0.1}, "epochs": args.gate_epochs, "batch_rows": 4, "max_length": 256,
         "max_prompt_length": 128, "seed": args.seed, "limit": args.gate_rows, **PLAIN[name],
     }  # fmt: skip
-    return trained(args, "sft", name, config)
+    return trained("sft", config)
 
 
-def trained(args: argparse.Namespace, method: str, name: str, config: Mapping[str, Any]) -> str:
+def trained(method: str, config: Mapping[str, Any]) -> str:
     out = Path(config["out"])
     if not (out / "DONE").is_file():
-        with timed(args, f"train: {name}"):
-            tempering.train(method, config, resume=True)
+        tempering.train(method, config, resume=True)
     return str(out)
 
 
 @contextmanager
-def timed(args: argparse.Namespace, phase: str) -> Iterator[None]:
-    """Add the seconds of a phase to `times.json`, so that a resumed benchmark knows what it took in all."""
-    file, start = args.out / "times.json", time.monotonic()
+def timed(args: argparse.Namespace) -> Iterator[None]:
+    """Add the seconds to `time.json`, so that a resumed benchmark knows what it took in all."""
+    file, start = args.out / "time.json", time.monotonic()
     try:
         yield
     finally:
-        known = json.loads(file.read_text()) if file.is_file() else {}
-        known[phase] = round(known.get(phase, 0.0) + time.monotonic() - start, 1)
+        known = json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(known, indent=1) + "\n")
+        file.write_text(json.dumps({"seconds": round(known + time.monotonic() - start, 1)}) + "\n")
 
 
 # --- measuring ----------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, name: str, target: str) -> dict[str, list[Row]]:
-    """Evaluate a system, unless that is done; returns the rows of each eval."""
+def measure(args: argparse.Namespace, name: str, target: str) -> None:
+    """Evaluate a system, unless that is done."""
     plan = [
         (["safe_informative"], {"limit": args.prompts, "max_new_tokens": args.tokens, "judge": args.judge}),
         (["over_refusal", "capability"], {"limit": args.price_prompts, "max_new_tokens": args.tokens}),
     ]
-    rows: dict[str, list[Row]] = {}
     for evals, settings in plan:
         out = args.out / f"eval-{name}-{evals[0]}"
         if not (out / "DONE").is_file():
-            with timed(args, f"evaluate: {name}"):
-                given = {key: value for key, value in settings.items() if value is not None}
-                tempering.evaluate(target, evals, out=out, resume=True, system=name, seed=args.seed, **given)
-        rows |= {one: Run.open(out).read_rows(f"evals/{one}.jsonl") for one in evals}
-    return rows
+            given = {key: value for key, value in settings.items() if value is not None}
+            sampler = loaded(target, "auto")
+            tempering.evaluate(sampler, evals, out=out, resume=True, system=name, seed=args.seed, **given)
+
+
+def measured(args: argparse.Namespace, name: str) -> dict[str, list[Row]]:
+    """The rows of each eval of a system."""
+    folders = {"safe_informative": "safe_informative", "over_refusal": "over_refusal", "capability": "over_refusal"}
+    return {
+        one: Run.open(args.out / f"eval-{name}-{folder}").read_rows(f"evals/{one}.jsonl")
+        for one, folder in folders.items()
+    }
 
 
 def report(args: argparse.Namespace, results: Mapping[str, Mapping[str, list[Row]]]) -> None:
@@ -225,9 +244,8 @@ def report(args: argparse.Namespace, results: Mapping[str, Mapping[str, list[Row
         lines.append(
             f"| {name} | {10 * c.difference:+.2f} [{10 * c.low:+.2f}, {10 * c.high:+.2f}] | {c.p_value:.3f} |"
         )
-    times = args.out / "times.json"
-    seconds = sum(json.loads(times.read_text()).values()) if times.is_file() else 0.0
-    lines += ["", verdict.sentence, "", f"{seconds / 60:.1f} minutes of work in all"]
+    seconds = json.loads((args.out / "time.json").read_text())["seconds"]
+    lines += ["", verdict.sentence, "", f"{seconds / 60:.1f} minutes in all, {args.workers} processes of one thread"]
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     tempering.report([args.out / f"eval-{name}-safe_informative" for name in results], args.out / "report")
