@@ -198,7 +198,7 @@ async def _events(
             yield event(replies.ends(one) if isinstance(one, Ended) else replies.goes_on(one))
     if with_usage:
         yield event(replies.tells_usage(ended))
-    metrics.count(job.ask.prompt_tokens, sum(end.tokens for end in ended), job.first_s)
+    metrics.count(replies.usage(ended), job.first_s)
     yield b"data: [DONE]\n\n"
 
 
@@ -227,7 +227,7 @@ async def _whole(job: Job, replies: Replies, request: Request, config: ServeConf
                     wrote.append(one)
     finally:
         job.cancel()
-    metrics.count(job.ask.prompt_tokens, sum(end.tokens for end in ended), job.first_s)
+    metrics.count(replies.usage(ended), job.first_s)
     return _json(replies.whole(wrote, ended))
 
 

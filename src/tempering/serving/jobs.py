@@ -68,6 +68,8 @@ class Ended:
     reasoning_tokens: int = 0
     details: dict[str, Any] | None = None
     """What the method did, where that was asked for."""
+    prompt_tokens: int = 0
+    """Of its prompt, as an endpoint counted them."""
 
 
 Event = Wrote | Ended | ApiError
@@ -120,7 +122,7 @@ class Job:
         """Pass events on to whoever waits; from the engine's thread."""
         for event in events:
             if isinstance(event, Ended):
-                self.open -= 1
+                self.open = max(0, self.open - 1)
             elif isinstance(event, ApiError):
                 self.open = 0
             elif self.first_s is None:

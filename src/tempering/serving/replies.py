@@ -74,8 +74,9 @@ class Replies:
         return self._piece(None) | {"usage": self.usage(ended)}
 
     def usage(self, ended: Sequence[Ended]) -> dict[str, Any]:
-        """Tokens read and drawn: of every candidate, and of reasoning."""
-        drawn, prompt = sum(end.tokens for end in ended), self.ask.prompt_tokens
+        """Tokens read and drawn: of every candidate, and of reasoning. Each prompt counts once, not each of its n."""
+        drawn = sum(end.tokens for end in ended)
+        prompt = self.ask.prompt_tokens or sum(e.prompt_tokens for e in ended if e.index % self.ask.n == 0)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": drawn,
