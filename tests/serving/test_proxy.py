@@ -102,8 +102,8 @@ def test_a_server_that_is_not_there_is_502(serving, capfd):
 
 
 def test_a_guard_that_was_away_does_not_fail_what_is_asked_later(serving):
+    from tempering.core.records import Verdict
     from tempering.core.sampling import ScriptedSampler
-    from tempering.judges import Verdict
 
     chooser = AttributionSampler(
         ScriptedSampler(lambda p, i: f"{i}"), None, SelectionConfig(scorer="guard", guard="rules", n=4)

@@ -95,7 +95,7 @@ class Choice:
 class Job:
     """A request under way."""
 
-    def __init__(self, ask: Ask, *, streams: bool = False) -> None:
+    def __init__(self, ask: Ask, *, since: float, streams: bool = False) -> None:
         self.ask, self.streams = ask, streams
         self.choices = [
             Choice(self, p * ask.n + i, prompt, list(ids), i)
@@ -106,7 +106,8 @@ class Job:
         """Answers that have not ended."""
         self.is_cancelled = False
         """Nobody waits for it any more."""
-        self.since = time.monotonic()
+        self.since = since
+        """When the request came, by the monotonic clock."""
         self.first_s: float | None = None
         """Seconds to the first text."""
         self._loop = asyncio.get_running_loop()
