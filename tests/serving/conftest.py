@@ -10,7 +10,7 @@ import pytest
 
 from tempering.core.policy import Policy
 from tempering.core.sampling import LocalSampler
-from tempering.serving.running import assemble, listening
+from tempering.serving.running import assemble, connected, listening
 from tempering.serving.settings import ServeConfig
 from tempering.serving.target import describe
 
@@ -47,9 +47,7 @@ def _serving(sampler, token=None, name="tiny", send_buffer=None, **settings):
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     guard, engine = assemble(describe(name, sampler, config), config, token)
-    server = uvicorn.Server(
-        uvicorn.Config(guard, http="h11", ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=1)
-    )
+    server = uvicorn.Server(connected(guard))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     engine.start()
     thread.start()

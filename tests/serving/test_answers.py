@@ -6,8 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from tempering.core.decoding import TokenScore
 from tempering.core.records import Prompt, as_messages
 from tempering.core.sampling import LocalSampler, ScriptedSampler, ThinkSampler
+from tempering.serving.jobs import Ask, Wrote
+from tempering.serving.replies import Replies, dumped
+from tempering.serving.settings import ServeConfig
+from tempering.serving.target import describe
 
 
 def asked(text, **body):
@@ -126,6 +131,16 @@ def test_log_probabilities_are_the_models(server, tiny_sampler):
     assert [t["logprob"] for t in found[0]["top_logprobs"]] == pytest.approx(best.values.tolist(), abs=1e-4)
     chunks = streamed(server, TEXTS[0], max_tokens=4, logprobs=True, top_logprobs=2)[1]
     assert [one for c in chunks for x in c["choices"] if x["logprobs"] for one in x["logprobs"]["content"]] == found
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_what_cannot_be_has_a_log_probability_that_json_knows(tiny_sampler, is_chat):
+    ask = Ask((Prompt(as_messages("hi")),), ([5],), 3, top_logprobs=1)
+    replies = Replies(describe("tiny", tiny_sampler, ServeConfig()), ask, is_chat=is_chat)
+    scores = [TokenScore(300, value, [(300, value)]) for value in (float("-inf"), float("nan"), -1.5)]
+    found = json.loads(dumped(replies.goes_on(Wrote(0, "a", scores=scores))))["choices"][0]["logprobs"]
+    got = [s["logprob"] for s in found["content"]] if is_chat else found["token_logprobs"]
+    assert got == [-9999.0, -9999.0, -1.5]
 
 
 def test_completions_continue_texts_and_tokens(server, tiny_sampler):

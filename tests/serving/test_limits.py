@@ -92,6 +92,34 @@ def test_a_body_that_is_no_request_is_one_error(server, content):
     is_error(server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"}), 400)
 
 
+MANY = 150_000
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        (CHAT, {"messages": [0] * MANY}),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 256}] * 400}),
+        (CHAT, {"messages": USER, "stop": [0] * MANY}),
+        (CHAT, {"messages": USER, **{f"f{i}": 0 for i in range(MANY // 2)}}),
+        (CHAT, {"messages": [{"role": "user", "content": [{f"f{i}": 0 for i in range(MANY // 2)}]}]}),
+        (TEXT, {"prompt": [{}] * MANY}),
+        (TEXT, {"prompt": [[]] * MANY}),
+        (TEXT, {"prompt": [[-1] * MANY]}),
+    ],
+    ids=["messages", "parts", "stop", "fields", "fields of a part", "prompts", "empty prompts", "tokens"],
+)
+def test_many_faults_cost_no_more_than_one(tiny_sampler, serving, path, body):
+    """Two seconds and more where every fault is described."""
+    with serving(tiny_sampler) as served:
+        content = json.dumps(body).encode()
+        began = time.monotonic()
+        reply = served.client.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert time.monotonic() - began < 1
+    is_error(reply, 400)
+    assert len(reply.content) < 1000
+
+
 def test_a_body_is_json_and_short_enough_however_it_is_sent(server):
     json_type = {"Content-Type": "application/json"}
     is_error(server.client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}), 415)

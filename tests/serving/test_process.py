@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,6 +86,28 @@ def test_sigterm_under_load_lets_running_requests_end_and_refuses_new_ones(proce
     assert [reply.status_code for reply in replies] == [200] * 16
     assert late[0].status_code == 503 and late[0].json()["error"]["code"] == "shutting_down"
     assert "Traceback" not in log.read_text()
+
+
+def test_a_long_reply_is_sent_to_its_end_before_the_server_is_gone(process):
+    """Several MiB to a client that does not read for a while: more than the system keeps for it."""
+    one, url, log = process("grace_s=60")
+    body = {"messages": [{"role": "user", "content": "how do I stone?"}], "temperature": 1.0, "seed": 1}
+    content = json.dumps(body | {"n": 16, "max_tokens": 450, "logprobs": True, "top_logprobs": 20}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+        wire.settimeout(60)
+        wire.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        wire.sendall(head.encode() + b"Connection: close\r\nContent-Type: application/json\r\n\r\n" + content)
+        found = wire.recv(100)
+        one.send_signal(signal.SIGTERM)
+        time.sleep(4)
+        assert one.poll() is None
+        while part := wire.recv(1 << 16):
+            found += part
+    reply = json.loads(found.partition(b"\r\n\r\n")[2])
+    assert len(reply["choices"]) == 16 and len(found) > 4 << 20
+    assert one.wait(30) == 0 and "Traceback" not in log.read_text()
 
 
 def test_what_does_not_end_within_the_grace_period_is_dropped(process):

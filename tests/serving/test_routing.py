@@ -1,5 +1,7 @@
 """A SafeMoE target: served with others in one batch, and its gate's decisions on request."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,27 @@ def test_a_gate_decides_the_same_and_tells_what_it_decided(tiny_policy, parts, s
             assert len(told["experts"]) == len(told["weights"]) == len(fed)
             assert len(told["experts"][0]) == len(told["routers"]) > 0
             assert all(sum(place) == pytest.approx(1, abs=2e-3) for token in told["weights"] for place in token)
+
+
+def test_a_trace_that_fails_harms_no_answer_beside_it(tiny_policy, parts, serving, monkeypatch):
+    def fails(sampler):
+        raise KeyError("SECRET")
+
+    policy = tiny_policy(scale=3.0)
+    parts.routed(policy)
+    slow = LocalSampler(policy)
+    body = {"max_tokens": 60, "temperature": 1.0, "seed": 3, "n": 8}
+    with serving(slow) as served, ThreadPoolExecutor(1) as pool:
+        alone = served.chat(**body).json()["choices"]
+        computing = slow.computing
+        slow.computing = lambda: time.sleep(0.01) or computing()
+        monkeypatch.setattr("tempering.serving.calling._tracing", fails)
+        live = pool.submit(served.chat, **body)
+        while not served.engine._stepping.live:
+            time.sleep(0.002)
+        assert served.chat(tempering={"routing": True}).status_code == 500
+        assert served.engine._stepping.live and not live.done()
+        assert live.result().json()["choices"] == alone
 
 
 @pytest.mark.parametrize("gating", [{"last_token": True}, {"first_tokens": 4}])

@@ -49,6 +49,14 @@ def test_what_may_begin_a_stop_waits():
     assert flow.push(" STO") == " " and flow.finish("yes\n\nUseful STO") == "STO"
 
 
+def test_where_the_sampler_reads_otherwise_no_text_that_came_is_lost():
+    flow = Flow(["STOP"])
+    assert flow.push("yes , sure: ST") == "yes , sure: "
+    assert flow.finish("yes, sure: ST") == "ST" and not flow.cut
+    flow = Flow(["STOP"], strips=True)
+    assert flow.push(" yes , sure ") + flow.finish("yes, sure") == "yes , sure"
+
+
 THOUGHTS = [
     "hot\n</think>\n\nUse a mitt.",
     "\n\n  hot </think>mitt  ",

@@ -92,6 +92,11 @@ class Decoding:
         """Whether rows can be added now: a sliding window counts its columns from the first row on."""
         return not self.rows or all(type(layer) is DynamicLayer for layer in self._cache.layers)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows and cache fit each other: not where `add` failed while it put them together."""
+        return self._mask.shape[0] == len(self.rows)
+
     @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> None:
         """Read the prompts of new rows and draw the first token of each.

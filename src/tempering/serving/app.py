@@ -54,20 +54,15 @@ def create_app(target: Target, config: ServeConfig, engine: Engine, metrics: Met
     encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
     started = int(time.time())
 
-    async def begin(body: ChatRequest | CompletionRequest) -> Job:
-        loop = asyncio.get_running_loop()
-        ask = await loop.run_in_executor(encoder, prepare, target, config, body)
-        job = Job(ask, streams=bool(body.stream))
-        engine.submit(job)
-        return job
-
     async def reply(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-        job = await begin(body)
+        ask = await asyncio.get_running_loop().run_in_executor(encoder, prepare, target, config, body)
+        job = Job(ask, since=request.state.began, streams=bool(body.stream))
+        engine.submit(job)
         replies = Replies(target, job.ask, is_chat=isinstance(body, ChatRequest))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             events = _events(job, replies, config, metrics, usage)
-            return EventStream(job, events, config, metrics, target.buffers)
+            return EventStream(job, events, metrics, target.buffers)
         return await _whole(job, replies, request, config, metrics)
 
     @app.post("/v1/chat/completions", responses=FAULTS, response_model=None)
@@ -98,8 +93,10 @@ def create_app(target: Target, config: ServeConfig, engine: Engine, metrics: Met
 
     @app.get("/health")
     async def health() -> Response:
-        """Say that requests are taken; 503 while the server is going down."""
-        state = "draining" if app.state.guard is not None and app.state.guard.is_draining else "ok"
+        """Say that requests are taken; 503 while the server is going down, or where it cannot answer any more."""
+        state = "ok" if engine.is_alive else "dead"
+        if app.state.guard is not None and app.state.guard.is_draining:
+            state = "draining"
         return _json({"status": state}, 200 if state == "ok" else 503)
 
     @app.get("/metrics")
@@ -127,15 +124,13 @@ def create_app(target: Target, config: ServeConfig, engine: Engine, metrics: Met
 
 
 class EventStream(Response):
-    """Server-sent events, until they end, the client goes away, or it takes none for too long."""
+    """Server-sent events, until they end, or the client goes away or is cut off."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, job: Job, events: AsyncIterator[bytes], config: ServeConfig, metrics: Metrics, buffers: str | None
-    ) -> None:
+    def __init__(self, job: Job, events: AsyncIterator[bytes], metrics: Metrics, buffers: str | None) -> None:
         self.status_code, self.background, self.charset = 200, None, "utf-8"
-        self.job, self.events, self.config, self.metrics = job, events, config, metrics
+        self.job, self.events, self.metrics = job, events, metrics
         told = {"X-Tempering-Buffers": buffers} if buffers else {}
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **told})
 
@@ -146,29 +141,23 @@ class EventStream(Response):
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        async def write(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), self.config.read_timeout_s)
-
         async def all_events() -> None:
-            await write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.events:
-                await write({"type": "http.response.body", "body": part, "more_body": True})
-            await write({"type": "http.response.body", "body": b""})
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
 
-        tasks = [asyncio.ensure_future(all_events()), asyncio.ensure_future(watch())]
-        why = "slow_reader"
+        writes, watches = asyncio.ensure_future(all_events()), asyncio.ensure_future(watch())
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[1] in done and tasks[0] not in done:
-                why = "disconnect"
-            elif (fault := tasks[0].exception()) is not None and not isinstance(fault, TimeoutError | OSError):
-                raise fault
+            done, _ = await asyncio.wait([writes, watches], return_when=asyncio.FIRST_COMPLETED)
+            if writes in done:
+                writes.result()
+            elif not self.job.is_over:
+                self.metrics.dropped.labels("disconnect").inc()
         finally:
-            for task in tasks:
+            for task in (writes, watches):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if not self.job.is_over:
-                self.metrics.dropped.labels(why).inc()
+            await asyncio.gather(writes, watches, return_exceptions=True)
             self.job.cancel()
 
 
@@ -198,7 +187,7 @@ async def _events(
             yield event(replies.ends(one) if isinstance(one, Ended) else replies.goes_on(one))
     if with_usage:
         yield event(replies.tells_usage(ended))
-    metrics.count(job.ask.prompt_tokens, sum(end.tokens for end in ended), job.first_s)
+    metrics.count(replies.usage(ended), job.first_s)
     yield b"data: [DONE]\n\n"
 
 
@@ -227,7 +216,7 @@ async def _whole(job: Job, replies: Replies, request: Request, config: ServeConf
                     wrote.append(one)
     finally:
         job.cancel()
-    metrics.count(job.ask.prompt_tokens, sum(end.tokens for end in ended), job.first_s)
+    metrics.count(replies.usage(ended), job.first_s)
     return _json(replies.whole(wrote, ended))
 
 

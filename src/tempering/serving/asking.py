@@ -112,9 +112,9 @@ def _completion_prompts(
 def _length(target: Target, config: ServeConfig, asked: int | None, prompt_tokens: int) -> int:
     """The longest answer, where prompt, reasoning and answer fit into the model's context."""
     wanted = asked or min(config.default_max_tokens, config.max_tokens)
-    if target.local is None:
+    if target.policy is None:  # the endpoint knows, and says so
         return wanted
-    context = context_of(target.local.policy)
+    context = context_of(target.policy)
     room = context - prompt_tokens - target.think_tokens
     if room < (wanted if asked else 1):
         thinking = f" and {target.think_tokens} of reasoning" if target.think_tokens else ""

@@ -5,6 +5,7 @@ Requests of equal settings are one call. Used by the engine; refuses to know abo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,12 @@ from tempering.core.records import Completion, tokens_of
 from tempering.core.sampling import LocalSampler
 from tempering.serving.errors import ApiError
 from tempering.serving.jobs import Choice, Ended, Event, Job, Wrote
+from tempering.serving.log import log
 from tempering.serving.target import Target
 from tempering.serving.text import Writer
+
+REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422")
+"""What an endpoint says of a request that is at fault itself, such as one beyond its context."""
 
 
 def together(jobs: Sequence[Job], batch_rows: int, rows_each: int) -> list[Job]:
@@ -49,6 +54,7 @@ def answer(target: Target, jobs: Sequence[Job], interrupt: Callable[[], bool]) -
     watched = [s for s in (target.local, target.raw) if s is not None]
     if target.chooser is not None:
         target.chooser.keep = kept.append
+        target.chooser.guarded.clear()  # a guard that was away is judged by what it says now
     for local in watched:
         local.interrupt = interrupt
     try:
@@ -80,15 +86,31 @@ def answer(target: Target, jobs: Sequence[Job], interrupt: Callable[[], bool]) -
 
 def _events(choice: Choice, completion: Completion, tokens: int, details: dict[str, Any] | None) -> list[Event]:
     if completion.finish == "error":
-        return [ApiError(502, "the target did not answer; the server's log says why", code="target_failed")]
-    writer, thought = Writer(lambda ids: "", choice.job.ask.stops), completion.thought
+        return [_failed(completion.error or "no reason given")]
+    writer, thought, used = Writer(lambda ids: "", choice.job.ask.stops), completion.thought, completion.usage
     piece = writer.finish(completion.text, thought.text if thought else "")
     finish = "stop" if writer.is_stopped else completion.finish
     reasoning = thought.spans.get("tag", (0, 0))[1] if thought else 0
     return [
         Wrote(choice.index, piece.content, piece.reasoning),
-        Ended(choice.index, finish, tokens, reasoning, details),
+        Ended(choice.index, finish, tokens, reasoning, details, used.prompt_tokens if used else 0),
     ]
+
+
+def _failed(reason: str) -> ApiError:
+    """What a client is told where an endpoint gave no answer; the log has the kind of it.
+
+    A reason begins with the status, or words of the sampler; what an endpoint sent, which may be the prompt, is
+    behind them.
+    """
+    kind = re.split("[:(]", reason, maxsplit=1)[0].strip()
+    log(f"error: the target did not answer: {kind}")
+    if kind in REFUSED:
+        return ApiError(
+            400, f"the endpoint that answers refused this request ({kind}); shorten it, or ask for less",
+            code="target_refused",
+        )  # fmt: skip
+    return ApiError(502, "the target did not answer; the server's log says why", code="target_failed")
 
 
 def _tracing(sampler: LocalSampler) -> Any:
@@ -99,14 +121,12 @@ def _tracing(sampler: LocalSampler) -> Any:
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """The candidates of one answer as a client sees them: without what it asked, and without token ids."""
-    keep = ("draw", "text", "finish", "valid", "risk", "flags")
+    keep = ("draw", "text", "finish", "valid", "risk", "flags", "tokens")
     found: dict[str, Any] = {
         "winner": row["winner"],
         "fallback": row["fallback"],
-        "candidates": [
-            {key: c[key] for key in keep} | {"tokens": len(c["token_ids"])} for c in row["candidates"]
-        ],
-    }  # fmt: skip
+        "candidates": [{key: c[key] for key in keep} for c in row["candidates"]],
+    }
     if "resampled" in row:
         found["resampled"] = shown({"fallback": None, **row["resampled"]})
     return found
@@ -115,7 +135,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 def candidate_tokens(row: dict[str, Any]) -> int:
     """Tokens of all candidates of one answer."""
     again = row.get("resampled", {"candidates": []})["candidates"]
-    return sum(len(candidate["token_ids"]) for candidate in [*row["candidates"], *again])
+    return sum(candidate["tokens"] or 0 for candidate in [*row["candidates"], *again])
 
 
 def routing(routers: Sequence[str], prompt_tokens: int, traced: Any) -> dict[str, Any]:

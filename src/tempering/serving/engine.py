@@ -34,10 +34,8 @@ class Engine:
         self._under_way: list[Job] = []
         self._calls: deque[Job] = deque()
         """Jobs that a whole call of the sampler answers."""
-        self._called: list[Job] = []
-        """Those that one is answering now."""
         self._stepping = Stepping(target, config.batch_rows, config.batch_tokens) if target.in_steps else None
-        self._closed = False
+        self._closed = self._has_died = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -48,20 +46,22 @@ class Engine:
         """Let a job wait for its turn.
 
         Raises:
-            ApiError: too many do (429), or the engine has been closed (503).
+            ApiError: 503: the engine has been closed, or its thread has died.
         """
         with self._wake:
             if self._closed:
                 raise ApiError(503, "the server is going down", code="shutting_down")
+            if not self.is_alive:
+                raise ApiError(503, "the server cannot answer any more: restart it", code="engine_dead")
             self._under_way = [one for one in self._under_way if not one.is_over]
-            if len(self._under_way) >= self.config.max_queue:
-                raise ApiError(
-                    429, f"{self.config.max_queue} requests are waiting or being answered; try again later",
-                    code="queue_full", headers={"Retry-After": "1"},
-                )  # fmt: skip
             self._under_way.append(job)
             self._new.append(job)
             self._wake.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a thread that works."""
+        return self._thread.is_alive() and not self._has_died
 
     @property
     def under_way(self) -> int:
@@ -80,18 +80,30 @@ class Engine:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        with allowed(self.config):  # what a thread inherits does not hold the override
-            while True:
-                with self._wake:
-                    while not (self._closed or self._new or self._calls or self._is_stepping):
-                        self.metrics.rows.set(0)
-                        self._wake.wait()
-                    if self._closed:
-                        return
-                    fresh = list(self._new)
-                    self._new.clear()
-                self._sort(fresh)
-                self._turn()
+        try:
+            with allowed(self.config):  # what a thread inherits does not hold the override
+                self._work()
+        except BaseException as error:  # a boundary: nobody waits for a thread that has died
+            with self._wake:
+                self._has_died = True
+                self._fail(error, self._under_way)
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._closed or self._new or self._calls or self._is_stepping):
+                    self.metrics.rows.set(0)
+                    self._wake.wait()
+                if self._closed:
+                    return
+                fresh = list(self._new)
+                self._new.clear()
+            self._sort(fresh)
+            self._calls = deque(job for job in self._calls if not job.is_cancelled)
+            if self._calls:
+                self._call()
+            if self._is_stepping:
+                self._step()
 
     @property
     def _is_stepping(self) -> bool:
@@ -104,37 +116,36 @@ class Engine:
             else:
                 self._stepping.take(job)
 
-    def _turn(self) -> None:
-        """Answer one group by a call, where some wait for that; then draw a token of everything else."""
-        try:
-            self._calls = deque(job for job in self._calls if not job.is_cancelled)
-            if self._calls:
-                self._call()
-            if self._stepping is not None and not self._stepping.is_idle:
-                self._stepping.turn()
-                self.metrics.rows.set(len(self._stepping.live))
-        except Interrupted:
-            self._called = []
-        except Exception as error:
-            self._fail(error)
-
     def _call(self) -> None:
+        """Answer one group of those that wait for a call."""
         rows_each = self.target.chooser.config.n if self.target.chooser is not None else 1
-        self._called = together(list(self._calls), self.config.batch_rows, rows_each)
-        for _ in self._called:
+        called = together(list(self._calls), self.config.batch_rows, rows_each)
+        for _ in called:
             self._calls.popleft()
-        self.metrics.rows.set(sum(len(job.choices) for job in self._called) * rows_each)
-        called = self._called
-        answer(self.target, called, lambda: self._closed or all(job.is_cancelled for job in called))
-        self._called = []
+        self.metrics.rows.set(sum(len(job.choices) for job in called) * rows_each)
+        try:
+            answer(self.target, called, lambda: self._closed or all(job.is_cancelled for job in called))
+        except Interrupted:
+            pass
+        except Exception as error:
+            self._fail(error, called)
 
-    def _fail(self, error: Exception) -> None:
+    def _step(self) -> None:
+        """Draw a token of everything that is drawn in steps."""
+        assert self._stepping is not None
+        try:
+            self._stepping.turn()
+        except Exception as error:
+            self._fail(error, self._stepping.abandon())
+        self.metrics.rows.set(len(self._stepping.live))
+
+    def _fail(self, error: BaseException, jobs: Sequence[Job]) -> None:
         """Tell whoever was being answered; what was asked is in no log."""
         frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
         log(f"error: {type(error).__name__} while answering; {' < '.join(reversed(frames))}")
-        left = [job for job in self._called if job.open]
-        self._called = []
-        if self._stepping is not None:
-            left += self._stepping.abandon()
-        for job in left:
-            job.tell([ApiError(500, "the server failed to answer; its log says where", code="internal_error")])
+        fault = ApiError(500, "the server failed to answer; its log says where", code="internal_error")
+        if isinstance(error, ConnectionError):
+            fault = ApiError(502, "nothing answers behind this server; its log says where", code="target_failed")
+        for job in jobs:
+            if not job.is_over:
+                job.tell([fault])

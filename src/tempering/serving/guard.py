@@ -35,6 +35,8 @@ ROUTES = {
     "/openapi.json": "openapi",
 }
 """Routes by path, as metrics and log name them; any other is `other`."""
+PART = 1 << 16
+"""Bytes of a reply that a client has `read_timeout_s` to take."""
 OPEN = ("health",)
 """What is answered without a token, and while the server is going down."""
 
@@ -48,7 +50,7 @@ class Guard:
         self.is_draining = False
         """The server is going down: what is under way may end, nothing new begins."""
         self.running = 0
-        """Requests to the model that were admitted and have not ended."""
+        """Requests that were admitted, and whose replies were not taken yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Admit a request and pass it on, or answer why not."""
@@ -58,43 +60,45 @@ class Guard:
             return
         path = scope["path"]
         route = ROUTES.get(path) or ("models" if path.startswith("/v1/models/") else "other")
-        began, status = time.monotonic(), 500
-        scope.setdefault("state", {})["request_id"] = name = uuid.uuid4().hex[:16]
-        has_begun = False
-
-        async def sending(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, has_begun
-            if message["type"] == "http.response.start":
-                status, has_begun = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-            await send(message)
-
+        state = scope.setdefault("state", {})
+        state["began"] = began = time.monotonic()
+        reply = Reply(send, state.get("connection"), self.config.read_timeout_s)
         try:
-            self._require(scope, route)
-            body = await self._body(scope, receive) if scope["method"] == "POST" else b""
-            self.running += 1
-            try:
-                await self.app(scope, _replay(body, receive), sending)
-            finally:
-                self.running -= 1
-        except ApiError as error:
-            await _refuse(sending, error, has_begun)
-        except Exception as error:  # a boundary: the server lives on, and no message repeats what was sent
-            frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
-            log(f"error: {name} {route} {type(error).__name__}; {' < '.join(reversed(frames))}")
-            await _refuse(sending, ApiError(500, "the server failed; its log says where"), has_begun)
+            await self._answer(scope, receive, reply, route)
+        except SlowReader:
+            self.metrics.dropped.labels("slow_reader").inc()
+            reply.abort()
         finally:
             took = time.monotonic() - began
-            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.requests.labels(route, str(reply.status)).inc()
             self.metrics.seconds.labels(route).observe(took)
             if route not in ("health", "metrics"):
-                log(f"{name} {route} {status} {1000 * took:.0f} ms")
+                log(f"{reply.name} {route} {reply.status} {1000 * took:.0f} ms")
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: Reply, route: str) -> None:
+        try:
+            self._require(scope, route)
+            self.running += 1
+            try:
+                body = await self._body(scope, receive) if scope["method"] == "POST" else b""
+                await self.app(scope, _replay(body, receive), reply)
+                await reply.taken()
+            finally:
+                self.running -= 1
+        except SlowReader:
+            raise
+        except ApiError as error:
+            await reply.refuse(error)
+        except Exception as error:  # a boundary: the server lives on, and no message repeats what was sent
+            frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
+            log(f"error: {reply.name} {route} {type(error).__name__}; {' < '.join(reversed(frames))}")
+            await reply.refuse(ApiError(500, "the server failed; its log says where"))
 
     def _require(self, scope: Scope, route: str) -> None:
         """Refuse what may not be asked here.
 
         Raises:
-            ApiError: 401, 403 or 503.
+            ApiError: 401, 403, 429 or 503.
         """
         headers = dict(scope["headers"])
         if self.is_draining and route not in OPEN:
@@ -118,6 +122,11 @@ class Guard:
                     401, "no valid token: send the header Authorization: Bearer TOKEN", code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
+        if scope["method"] == "POST" and self.running >= self.config.max_queue:  # before its body takes memory
+            raise ApiError(
+                429, f"{self.config.max_queue} requests are waiting or being answered; try again later",
+                code="queue_full", headers={"Retry-After": "1"},
+            )  # fmt: skip
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the body, no more than is allowed and for no longer.
@@ -159,6 +168,66 @@ class Guard:
             ) from None  # fmt: skip
 
 
+class SlowReader(Exception):  # noqa: N818  (what a client does)
+    """A client took nothing of its reply for too long."""
+
+
+class Reply:
+    """What goes back to one client: each part of it within the time."""
+
+    def __init__(self, send: Send, connection: Any, timeout_s: float) -> None:
+        self.send, self.connection, self.timeout_s = send, connection, timeout_s
+        self.name = uuid.uuid4().hex[:16]
+        """An id that the log has too."""
+        self.status, self.has_begun = 500, False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        """Send a message of ASGI.
+
+        Raises:
+            SlowReader: the client did not take what was sent before.
+        """
+        if message["type"] == "http.response.start":
+            self.status, self.has_begun = message["status"], True
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.name.encode())]
+        body = message.get("body", b"")
+        while len(body) > PART:
+            await self._in_time(self.send({**message, "body": bytes(body[:PART]), "more_body": True}))
+            body = memoryview(body)[PART:]
+        await self._in_time(self.send({**message, "body": bytes(body)} if body else message))
+
+    async def taken(self) -> None:
+        """Wait until all of it has left this process.
+
+        Raises:
+            SlowReader: the client did not take it.
+        """
+        if self.connection is not None:  # of `protocol.py`; another server has none
+            await self._in_time(self.connection.flow.drain())
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, where nothing was answered yet."""
+        if self.has_begun:  # a reply has one status: what was begun breaks off
+            return
+        body = json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
+        await self({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
+
+    def abort(self) -> None:
+        """Close the connection, whatever is left to send."""
+        if self.connection is not None:
+            self.connection.transport.abort()
+
+    async def _in_time(self, work: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await work
+        except TimeoutError:
+            raise SlowReader from None
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Give the application the body that was read, and then whatever the connection says."""
     is_given = False
@@ -171,16 +240,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
-
-
-async def _refuse(send: Send, error: ApiError, has_begun: bool) -> None:
-    if has_begun:  # a reply has one status: what was begun breaks off
-        return
-    body = json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _digest(secret: bytes) -> bytes:

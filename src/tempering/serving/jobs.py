@@ -68,6 +68,8 @@ class Ended:
     reasoning_tokens: int = 0
     details: dict[str, Any] | None = None
     """What the method did, where that was asked for."""
+    prompt_tokens: int = 0
+    """Of its prompt, as an endpoint counted them."""
 
 
 Event = Wrote | Ended | ApiError
@@ -93,7 +95,7 @@ class Choice:
 class Job:
     """A request under way."""
 
-    def __init__(self, ask: Ask, *, streams: bool = False) -> None:
+    def __init__(self, ask: Ask, *, since: float, streams: bool = False) -> None:
         self.ask, self.streams = ask, streams
         self.choices = [
             Choice(self, p * ask.n + i, prompt, list(ids), i)
@@ -104,7 +106,8 @@ class Job:
         """Answers that have not ended."""
         self.is_cancelled = False
         """Nobody waits for it any more."""
-        self.since = time.monotonic()
+        self.since = since
+        """When the request came, by the monotonic clock."""
         self.first_s: float | None = None
         """Seconds to the first text."""
         self._loop = asyncio.get_running_loop()
@@ -120,7 +123,7 @@ class Job:
         """Pass events on to whoever waits; from the engine's thread."""
         for event in events:
             if isinstance(event, Ended):
-                self.open -= 1
+                self.open = max(0, self.open - 1)
             elif isinstance(event, ApiError):
                 self.open = 0
             elif self.first_s is None:

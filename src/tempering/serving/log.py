@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 
 def log(text: str) -> None:
-    """Write a line with the time, in UTC."""
+    """Write a line with the time, in UTC, where there is still someone to read it."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    print(f"{stamp} {text}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # stderr is closed, or a pipe that nobody reads: the server goes on
+        print(f"{stamp} {text}", file=sys.stderr, flush=True)

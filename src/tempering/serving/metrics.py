@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -32,10 +33,10 @@ class Metrics:
         self.under_way = Gauge("requests_under_way", "Requests that wait or are answered", **kept)
         self.rows = Gauge("rows", "Answers that are written at this moment", **kept)
 
-    def count(self, prompt_tokens: int, completion_tokens: int, first_s: float | None) -> None:
+    def count(self, usage: Mapping[str, Any], first_s: float | None) -> None:
         """Count a request that was answered; `first_s`: seconds to its first text, where there was any."""
-        self.prompt_tokens.inc(prompt_tokens)
-        self.completion_tokens.inc(completion_tokens)
+        self.prompt_tokens.inc(usage["prompt_tokens"])
+        self.completion_tokens.inc(usage["completion_tokens"])
         if first_s is not None:
             self.first.observe(first_s)
 

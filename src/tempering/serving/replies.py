@@ -74,8 +74,9 @@ class Replies:
         return self._piece(None) | {"usage": self.usage(ended)}
 
     def usage(self, ended: Sequence[Ended]) -> dict[str, Any]:
-        """Tokens read and drawn: of every candidate, and of reasoning."""
-        drawn, prompt = sum(end.tokens for end in ended), self.ask.prompt_tokens
+        """Tokens read and drawn: of every candidate, and of reasoning. Each prompt counts once, not each of its n."""
+        drawn = sum(end.tokens for end in ended)
+        prompt = self.ask.prompt_tokens or sum(e.prompt_tokens for e in ended if e.index % self.ask.n == 0)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": drawn,
@@ -111,9 +112,9 @@ class Replies:
         for text in texts:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(text)
-        top = [{self._text(token): max(logprob, LEAST) for token, logprob in s.top} for s in scores]
+        top = [{self._text(token): _finite(logprob) for token, logprob in s.top} for s in scores]
         return {
-            "tokens": texts, "token_logprobs": [max(s.logprob, LEAST) for s in scores], "top_logprobs": top,
+            "tokens": texts, "token_logprobs": [_finite(s.logprob) for s in scores], "top_logprobs": top,
             "text_offset": offsets,
         }  # fmt: skip
 
@@ -122,13 +123,17 @@ class Replies:
         is_part = "\ufffd" in text  # of a character: its bytes are not known
         return {
             "token": text,
-            "logprob": logprob,
+            "logprob": _finite(logprob),
             "bytes": None if is_part else list(text.encode("utf-8", "replace")),
         }
 
     def _text(self, token: int) -> str:
         assert self.target.local is not None
         return str(self.target.local.policy.tokenizer.decode([token]))
+
+
+def _finite(logprob: float) -> float:
+    return max(LEAST, logprob)  # this way round a NaN becomes `LEAST` too
 
 
 def event(data: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from tempering.serving.log import log
 from tempering.serving.settings import ServeConfig
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from tempering.serving.engine import Engine
     from tempering.serving.guard import Guard
 
@@ -90,6 +93,18 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
+def connected(guard: Guard) -> uvicorn.Config:
+    """How uvicorn listens for a guard."""
+    import uvicorn
+
+    from tempering.serving.protocol import Protocol
+
+    return uvicorn.Config(
+        guard, http=Protocol, ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
+        timeout_keep_alive=5, timeout_graceful_shutdown=1, loop="asyncio",
+    )  # fmt: skip
+
+
 def run(listener: socket.socket, guard: Guard, engine: Engine, config: ServeConfig) -> None:
     """Answer on a socket until a signal ends it."""
     import uvicorn
@@ -126,14 +141,11 @@ def run(listener: socket.socket, guard: Guard, engine: Engine, config: ServeConf
             self.force_exit = True
 
     engine.start()
-    settings = uvicorn.Config(
-        guard, http="h11", ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
-        timeout_keep_alive=5, timeout_graceful_shutdown=1, loop="asyncio",
-    )  # fmt: skip
     try:
-        asyncio.run(Server(settings).serve(sockets=[listener]))
+        asyncio.run(Server(connected(guard)).serve(sockets=[listener]))
     finally:
         if not engine.close():  # it is in a pass that nothing can end: no one waits for what it computes
-            sys.stderr.flush()
+            with suppress(OSError, ValueError):
+                sys.stderr.flush()
             os._exit(0)
     log("gone")

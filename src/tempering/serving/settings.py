@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tempering.core.config import Config
+from tempering.core.endpoint import EndpointConfig
 from tempering.core.loading import Dtype
 
 LEAST_TOKEN = 16
@@ -44,6 +45,8 @@ class ServeConfig(Config):
     """Settings of `sampler=policy` (docs/deliberative.md)."""
     probe_subtract: dict[str, Any] = Field(default_factory=dict)
     """Settings of `sampler=probe_subtract` (docs/unlearning.md)."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How a target `openai:MODEL@URL`, or an `attribution.generator`, is asked, and what it may cost."""
     think_tokens: int | None = Field(None, ge=1)
     """Longest reasoning of a target that thinks first, in tokens; null: what it was trained with."""
     unsafe_reason: str | None = None

@@ -28,6 +28,8 @@ class Stepping:
         self.decoding = Decoding(target.local)
         self.waiting: deque[Choice] = deque()
         self.live: list[Choice] = []
+        self._joining: list[Choice] = []
+        """Those whose prompts are being read."""
 
     @property
     def is_idle(self) -> bool:
@@ -41,31 +43,39 @@ class Stepping:
     def turn(self) -> None:
         """Draw one token of every answer under way; those that wait join where there is room."""
         for choice in self.live:
-            if choice.job.is_cancelled and choice.row is not None:
+            if choice.job.is_over and choice.row is not None:
                 choice.row.is_done = True
-        self.live = [choice for choice in self.live if not choice.job.is_cancelled]
-        if any(choice.job.is_cancelled for choice in self.waiting):
-            self.waiting = deque(choice for choice in self.waiting if not choice.job.is_cancelled)
-        self.decoding.drop(at_once=bool(self.waiting))
-        fresh = self._admitted()
+        self.live = _unfinished(self.live)
+        if any(choice.job.is_over for choice in self.waiting):
+            self.waiting = deque(choice for choice in self.waiting if not choice.job.is_over)
         if self.live:
             self.decoding.step()
             self._tell(self.live)
-        if fresh:
-            self.decoding.drop(at_once=True)
-            self.live += fresh
+            self.live = _unfinished(self.live)
+        self.decoding.drop(at_once=bool(self.waiting))
+        if fresh := self._admitted():
+            self._joining = fresh
             self.decoding.add([choice.row for choice in fresh if choice.row is not None])
             self._tell(fresh)
-        self.live = [choice for choice in self.live if choice.row is not None and not choice.row.is_done]
+            self._joining = []
+            self.live += _unfinished(fresh)
         if not self.live:
             self.decoding.drop()
 
     def abandon(self) -> list[Job]:
-        """Forget everything, after a failure; returns the jobs that this leaves without an answer."""
-        jobs = {id(choice.job): choice.job for choice in [*self.live, *self.waiting]}
-        self.live, self.waiting = [], deque()
-        self.decoding = Decoding(self.local)
-        return list(jobs.values())
+        """Forget what failed: those whose prompts were being read, or else everything.
+
+        Returns the jobs that this leaves without an answer; they have to be told, which ends the rest of them.
+        """
+        lost, self._joining = self._joining, []
+        for choice in lost:
+            if choice.row is not None:
+                choice.row.is_done = True
+        if not lost or not self.decoding.is_whole:
+            lost = [*lost, *self.live, *self.waiting]
+            self.live, self.waiting = [], deque()
+            self.decoding = Decoding(self.local)
+        return list({id(choice.job): choice.job for choice in lost}.values())
 
     def _admitted(self) -> list[Choice]:
         """Take those of the waiting, the first first, that there is room for."""
@@ -157,6 +167,10 @@ class Stepping:
         found = row.scores[choice.scored : end]
         choice.scored = max(choice.scored, end)
         return found
+
+
+def _unfinished(choices: Sequence[Choice]) -> list[Choice]:
+    return [choice for choice in choices if choice.row is not None and not choice.row.is_done]
 
 
 def _room(row: Row) -> int:

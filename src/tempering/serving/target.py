@@ -14,6 +14,7 @@ from typing import Any
 from tempering.api import load
 from tempering.attacks.trained import PLAYER
 from tempering.core.decoding import Decoding
+from tempering.core.policy import Policy
 from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts, require_override, require_safe
 from tempering.core.records import Prompt
 from tempering.core.sampling import LocalSampler, Sampler, ThinkSampler
@@ -53,7 +54,16 @@ class Target:
     def prompt_ids(self, prompt: Prompt) -> list[int] | None:
         """The tokens that an answer continues; `None` where they are not known here."""
         shown = self.sampler.shown(prompt) if hasattr(self.sampler, "shown") else prompt
-        return list(self.local.prompt_ids(shown)) if self.local is not None else None
+        if self.local is not None:
+            return list(self.local.prompt_ids(shown))
+        return list(self.chooser.prompt_of(shown)[0]) if self.policy is not None else None
+
+    @property
+    def policy(self) -> Policy | None:
+        """The weights whose template and context hold: those that answer, or that score what an endpoint drew."""
+        if self.local is not None:
+            return self.local.policy
+        return None if self.chooser is None else self.chooser.policy
 
     @property
     def think_tokens(self) -> int:
@@ -100,7 +110,7 @@ def open_target(reference: str, config: ServeConfig) -> Target:
                 require_override(f"serving the attacker {reference}")
             sampler = load(
                 reference, dtype=config.dtype, sampler=config.sampler, attribution=config.attribution,
-                policy=config.policy, probe_subtract=config.probe_subtract,
+                policy=config.policy, probe_subtract=config.probe_subtract, **config.endpoint.model_dump(),
             )  # fmt: skip
     except UnsafeExpertAccess as error:
         raise UnsafeExpertAccess(f"{error}; of `temper serve`, unsafe_reason=TEXT is the first half") from None

@@ -75,11 +75,20 @@ class Flow:
         return out
 
     def finish(self, whole: str) -> str:
-        """Return what is left of the text as the sampler has it, cut at the first mark."""
+        """Return what is left of the text as the sampler has it, cut at the first mark.
+
+        Where what went out is not how that begins, what came in pieces goes on to its own end.
+
+        >>> flow = Flow(["END"])
+        >>> flow.push("to  the E"), flow.finish("to the E")
+        ('to  the ', 'E')
+        """
+        if not whole.startswith(self.text[: self.sent]):
+            whole = self.text.rstrip() if self.strips else self.text
         at = first_of(self.marks, whole)
         whole = whole if at is None else whole[:at]
         self.cut = self.cut if at is None else at
-        out = whole[self.sent :] if whole.startswith(self.text[: self.sent]) else ""
+        out = whole[self.sent :]
         self.text, self.sent = whole, len(whole)
         return out
 

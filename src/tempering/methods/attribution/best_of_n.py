@@ -25,7 +25,7 @@ from torch import Tensor
 from tempering import judges
 from tempering.core.chat import encode_prompt
 from tempering.core.draws import Key
-from tempering.core.records import Completion, Prompt
+from tempering.core.records import Completion, Prompt, tokens_of
 from tempering.core.sampling import Ended, LocalSampler, Sampler
 from tempering.core.think import OPEN, find_spans, joined
 from tempering.methods.attribution.card import Card
@@ -111,7 +111,7 @@ class AttributionSampler:
                 raise ValueError(f"attribution.layers: {max(self.layers)} is above {pair.blocks}, the last block")
         self.means = None if means is None or not self.layers else means[:, list(self.layers)][:, None]
         self.guard = judges.load_judge(config.guard, "harmful", connect) if config.guard else None
-        self._guarded: Counter[str] = Counter()
+        self.guarded: Counter[str] = Counter()
         """Verdicts of the guard by why there is none; under the empty text those that there are."""
         self.policy = None if pair is None else pair.policy
         self.keep: Callable[[dict[str, Any]], None] | None = None
@@ -350,7 +350,7 @@ class AttributionSampler:
     def _guard_risk(self, prompt: Prompt, candidates: Sequence[Completion], flags: list[list[str]]) -> Floats:
         assert self.guard is not None
         verdicts = self.guard(prompt, list(candidates))
-        self._guarded.update("" if v.score is not None else v.reason or "no reason given" for v in verdicts)
+        self.guarded.update("" if v.score is not None else v.reason or "no reason given" for v in verdicts)
         scores = [verdict.score for verdict in verdicts]
         for score, remarks in zip(scores, flags, strict=True):
             if score is None:
@@ -363,10 +363,10 @@ class AttributionSampler:
         Raises:
             RuntimeError: with the share and the most frequent reason.
         """
-        total = self._guarded.total()
-        missing = total - self._guarded[""]
+        total = self.guarded.total()
+        missing = total - self.guarded[""]
         if missing > self.config.max_unscored * total and (missing == total or total >= FEW_GUARDED):
-            reason = next(why for why, _ in self._guarded.most_common() if why)
+            reason = next(why for why, _ in self.guarded.most_common() if why)
             raise RuntimeError(
                 f"the guard {self.config.guard} could not tell of {missing} of {total} candidates (limit "
                 f'{self.config.max_unscored:.0%}), most often "{reason}"; mend the guard, or raise '
@@ -420,6 +420,7 @@ def _candidates(group: Sequence[Completion], found: Ranking) -> list[dict[str, A
             "draw": completion.index,
             "text": completion.text,
             "token_ids": list(completion.token_ids),
+            "tokens": _tokens(completion, response, remarks),
             "spans": response.spans._asdict(),
             "finish": completion.finish,
             "valid": valid,
@@ -430,6 +431,12 @@ def _candidates(group: Sequence[Completion], found: Ranking) -> list[dict[str, A
             group, found.responses, found.valid, found.risk, found.flags, strict=True
         )
     ]
+
+
+def _tokens(completion: Completion, response: Response, remarks: Sequence[str]) -> int | None:
+    """How many were drawn: as who drew says, else as the scorer's tokenizer counts; `None` where there is neither."""
+    told = tokens_of([completion])
+    return response.sampled if told is None and "reencoded" in remarks else told
 
 
 def _innermost(sampler: Any) -> Any:
