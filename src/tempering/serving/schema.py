@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_STOPS, LONGEST_STOP, MOST_TOP = 16, 256, 20
 MOST_TURNS, MOST_PARTS, MOST_PROMPTS, MOST_TOKENS = 4096, 256, 4096, 1 << 20
 MOST_FIELDS = 64
-"""Of one object; with `FailFast` in lists it bounds how many faults are found in one body: each costs time."""
+"""Of one object; with `fail_fast` in lists it bounds how many faults are found in one body: each costs time."""
 
 Text = Annotated[str, Field(max_length=1 << 24)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[Token], FailFast(), Field(min_length=1, max_length=MOST_TOKENS)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -46,7 +46,7 @@ class Turn(_Body):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], FailFast(), Field(min_length=1, max_length=MOST_PARTS)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     """None: tools are not called here."""
 
@@ -91,7 +91,7 @@ class _Ask(_Body):
     """Nucleus of sampling."""
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     """Same seed, same request, same answer, whatever else is asked at the time; null: another answer each time."""
-    stop: Stop | Annotated[list[Stop], FailFast(), Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     """The answer ends before the first of these texts."""
     stream: bool | None = None
     """Server-sent events."""
@@ -116,7 +116,7 @@ class _Ask(_Body):
 class ChatRequest(_Ask):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Turn], FailFast(), Field(min_length=1, max_length=MOST_TURNS)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)]
     """The conversation."""
     max_tokens: int | None = Field(None, ge=1)
     """Longest answer, in tokens; of a model that thinks first, its reasoning not counted."""
@@ -167,9 +167,9 @@ class CompletionRequest(_Ask):
 
     prompt: (
         Text
-        | Annotated[list[Text], FailFast(), Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], FailFast(), Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     """A text, several, or their tokens."""
     max_tokens: int | None = Field(None, ge=1)
