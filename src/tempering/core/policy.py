@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tempering.core.adapted_layers import add_adapters_at_once, all_linear, default_targets
+from tempering.core.attention import use_fast_attention
 from tempering.core.chat import Encoded, end_of_turn, group_length
 from tempering.core.config import Config
 from tempering.core.editing import clones, plain_name, put, swapped
@@ -110,7 +111,9 @@ class Policy:
         where = torch.device(device or (own if torch.cuda.is_available() else "cpu"))
         source = resolve(reference)
         model, tokenizer = load_base(source, pick_dtype(dtype, where))
-        policy = cls(model.to(where).eval(), tokenizer, source)
+        model = model.to(where).eval()
+        use_fast_attention(model)
+        policy = cls(model, tokenizer, source)
         policy.lineage = _lineage(Path(source.edit).parent if source.edit else Path(source.adapter or source.base))
         if source.adapter:
             policy._load_adapter(Path(source.adapter))

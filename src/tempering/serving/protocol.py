@@ -27,7 +27,7 @@ class Connection(NamedTuple):
 class Protocol(H11Protocol):
     """The server's end of a connection."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Begin; from here on writing is paused while anything is left to send, however little."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
