@@ -85,8 +85,8 @@ class Players(Config):
 class Ema(Config):
     """Averages of the players over steps."""
 
-    decay: float = Field(default=0.95, ge=0, lt=1)
-    """Weight of the old average; one update a step."""
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    """Weight of the old average; one update a step (usual: 0.95 for hundreds of steps)."""
     slow_decay: float = Field(default=0.999, ge=0, lt=1)
     """The same of the slow average, where a player's reference is `slow_ema`."""
     mode: Literal["factors", "frozen_a", "retruncate"] = "factors"
@@ -98,10 +98,10 @@ class Ema(Config):
 class Rollouts(Config):
     """How seeds are played."""
 
-    seeds: int = Field(default=2, ge=1)
+    seeds: int = Field(default=1, ge=1)
     """Seeds of each class a step."""
-    attacks: int = Field(default=2, ge=1)
-    """Rewrites of a seed (A)."""
+    attacks: int = Field(default=4, ge=1)
+    """Rewrites of a seed (A): of more, the best and the worst lie farther apart."""
     responses: int = Field(default=2, ge=1)
     """Answers to a rewrite (D)."""
     format: Format = "raw"
@@ -241,10 +241,10 @@ class AdvGameConfig(Config):
     """Past attackers."""
     guard: Guard = Guard()
     """Over-refusal."""
-    steps: int = Field(default=36, ge=1)
+    steps: int = Field(default=48, ge=1)
     """Steps of the game."""
-    lr: float = Field(default=2e-4, gt=0)
-    """Largest learning rate, falls to a fifth by half a cosine (usual: 1e-6 full, 1e-5 to 2e-4 LoRA)."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Largest learning rate, falls to a fifth by half a cosine (usual: full 1e-6, LoRA of a big one 1e-5 to 2e-4)."""
     cosine_restart: bool = False
     """With per_class_updates: let the cosine run over `steps` and begin again, as the authors' code does."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -273,7 +273,7 @@ class AdvGameConfig(Config):
     """Type of the base weights; auto: bfloat16 where the device computes in it."""
     checkpoint_every: int = Field(default=12, gt=0)
     """Steps between checkpoints (and at the end)."""
-    eval_every: int = Field(default=36, ge=0)
+    eval_every: int = Field(default=48, ge=0)
     """Steps between validations (and before the first step and after the last); 0: none."""
     eval_trees: int = Field(default=64, ge=1)
     """Fixed trees of one attack and one answer that a validation plays, of both classes together."""
