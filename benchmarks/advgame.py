@@ -547,7 +547,9 @@ def memory(given: Sequence[str]) -> dict[str, Any]:
         if said.returncode:
             raise RuntimeError(f"memory of {name}: the process failed; its message is above")
         found[name] = json.loads(said.stdout.splitlines()[-1])
-    return {**found, "ratio": found["game"]["peak_mb"] / found["sft"]["peak_mb"]}
+    # Without a pair no player has learned: what was measured is not a game.
+    ratio = found["game"]["peak_mb"] / found["sft"]["peak_mb"] if found["game"]["pairs"] else None
+    return {**found, "ratio": ratio}
 
 
 def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
@@ -560,10 +562,11 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
 
     args.model = toy(out / "toy_model") if args.quick else args.model
     config = game_config(args)
-    before = resident_mb("VmRSS")
+    before, learned = resident_mb("VmRSS"), None
     with tempfile.TemporaryDirectory() as folder:
         if name == "game":
-            played(args, Path(folder) / "run", args.memory_steps, COLD)
+            run = Run.open(played(args, Path(folder) / "run", args.memory_steps))
+            learned = sum(1 for _ in run.read_rows("data/pairs.jsonl")) if run.has("data/pairs.jsonl") else 0
         else:
             rows = 64
             trained("sft", Path(folder) / "run", {
@@ -572,8 +575,8 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
                 "gradient_checkpointing": config.gradient_checkpointing, "split": {"share": 0.0},
             })  # fmt: skip
     if torch.cuda.is_available():
-        return {"peak_mb": torch.cuda.max_memory_allocated() / 2**20, "imports_mb": before}
-    return {"peak_mb": resident_mb() - before, "imports_mb": before}
+        return {"peak_mb": torch.cuda.max_memory_allocated() / 2**20, "imports_mb": before, "pairs": learned}
+    return {"peak_mb": resident_mb() - before, "imports_mb": before, "pairs": learned}
 
 
 # --- what comes of it -------------------------------------------------------------------------------------
@@ -617,7 +620,8 @@ def bars(found: Mapping[str, Any]) -> dict[str, bool | None]:
     )
     for name, difference in held["attacker"].items():
         out[f"against the original model: {name} above 0"] = above(difference)
-    out[f"memory at most {GOALS['memory']} of SFT's"] = found["memory"]["ratio"] <= GOALS["memory"]
+    ratio = found["memory"]["ratio"]
+    out[f"memory at most {GOALS['memory']} of SFT's"] = None if ratio is None else ratio <= GOALS["memory"]
     out[f"at most {GOALS['minutes']:.0f} minutes"] = sum(found["minutes"].values()) <= GOALS["minutes"]
     return out
 
@@ -668,8 +672,9 @@ def table(results: Mapping[str, Any]) -> str:
         rate = f"{cost['tokens'] / cost['seconds']:.0f}" if cost.get("tokens") and cost["seconds"] else ""
         lines.append(row([name, f"{cost['seconds'] / steps:.2f}", rate]))
     m = results["memory"]
+    ratio = "none, for no player learned" if m["ratio"] is None else f"{m['ratio']:.2f}"
     lines += ["", f"Peak memory above import: game {m['game']['peak_mb']:.0f} MB, SFT of one LoRA "
-              f"{m['sft']['peak_mb']:.0f} MB, ratio {m['ratio']:.2f}.", ""]  # fmt: skip
+              f"{m['sft']['peak_mb']:.0f} MB, ratio {ratio}.", ""]  # fmt: skip
     minutes = results["minutes"]
     spent = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
     return "\n".join([*lines, f"Minutes: {sum(minutes.values()):.1f} ({spent})."]) + "\n"

@@ -60,13 +60,14 @@ def test_what_is_missed_and_what_cannot_be_told_is_said(bench):
         bench,
         **{"yield": {"attacker": told(0.39), "defender": told(0.4)}},
         minutes={"game": 31.0},
+        memory={"game": {"peak_mb": 150.0}, "sft": {"peak_mb": 100.0}, "ratio": None},
         duels={**results(bench)["duels"], "attacker": changed(0.4, -0.1, 0.9), "defender": changed(None, None, None)},
     )
     kept = {name: met for name, met in missed["bars"].items() if met is not True}
-    assert list(kept.values()) == [False, False, None, False]
+    assert list(kept.values()) == [False, False, None, None, False]
     text = bench.table(missed)
-    assert text.count("**missed**") == 3 and text.count("**cannot be told**") == 1
-    assert "| updates | 1.00 | 300 |" in text and "Minutes: 31.0" in text
+    assert text.count("**missed**") == 3 and text.count("**cannot be told**") == 2
+    assert "| updates | 1.00 | 300 |" in text and "Minutes: 31.0" in text and "ratio none" in text
 
 
 def test_unscored_seeds_are_in_no_mean_and_in_no_pair(bench):
