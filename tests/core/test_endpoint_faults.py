@@ -232,6 +232,7 @@ endpoint.EndpointSampler(sys.argv[1], **json.loads(sys.argv[2]))(prompts)
 """
 
 
+@pytest.mark.slow
 def test_killed_halfway_and_resumed_no_answered_sample_is_asked_again(serve, tmp_path, monkeypatch):
     """What was under way at the kill, at most one sample a connection, is on no disk, and is asked again."""
     monkeypatch.setattr("tempering.core.endpoint.MAX_REPLY", MAX_REPLY)

@@ -74,6 +74,7 @@ def test_a_target_that_complies_with_exactly_30_percent_is_recovered_in_95_of_10
     assert hits >= 95
 
 
+@pytest.mark.slow
 def test_correction_recovers_the_planted_rate_where_the_raw_rate_misses_it(tmp_path):
     """Sensitivity 0.95, specificity 0.76: the judge reports 45 %. Its card is made anew in each run, on 80 + 88."""
     rng = random.Random(1)

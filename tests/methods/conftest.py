@@ -47,7 +47,8 @@ def game(quick_model, game_seeds, short_instructions, tmp_path):
     def make(**over):
         tree = {
             "model": quick_model, "data": {"train": game_seeds}, "out": str(tmp_path / "run"), "steps": 3,
-            "dtype": "float32", "rollout": {"attacker_tokens": 6, "defender_tokens": 6}, "max_length": 512,
+            "dtype": "float32", "max_length": 512, "ema": {"decay": 0.95},
+            "rollout": {"seeds": 2, "attacks": 2, "attacker_tokens": 6, "defender_tokens": 6},
             "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
             "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
             "warm_start": {"rewrites": 0, "brief": 0}, "kl_every": 1,
