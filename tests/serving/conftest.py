@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tempering.core.policy import Policy
-from tempering.core.sampling import LocalSampler
+from tempering.core.sampling import LocalSampler, ScriptedSampler
 from tempering.serving.running import assemble, connected, listening
 from tempering.serving.settings import ServeConfig
 from tempering.serving.target import describe
@@ -83,3 +83,22 @@ def tiny_sampler(tiny_model_dir):
 def server(tiny_sampler):
     with _serving(tiny_sampler, max_body_bytes=100_000, max_tokens=64, default_max_tokens=12) as served:
         yield served
+
+
+class Held(ScriptedSampler):
+    """Answers when it is told to."""
+
+    def __init__(self):
+        super().__init__(lambda p, i: "done")
+        self.gate, self.entered = threading.Event(), threading.Event()
+
+    def __call__(self, prompts, **settings):
+        self.entered.set()
+        assert self.gate.wait(20)
+        return super().__call__(prompts, **settings)
+
+
+@pytest.fixture
+def held():
+    """A sampler whose calls wait until its `gate` is set."""
+    return Held()

@@ -54,19 +54,6 @@ def until(is_so, limit_s=10):
         time.sleep(0.005)
 
 
-class Held(ScriptedSampler):
-    """Answers when it is told to."""
-
-    def __init__(self):
-        super().__init__(lambda p, i: "done")
-        self.gate, self.entered = threading.Event(), threading.Event()
-
-    def __call__(self, prompts, **settings):
-        self.entered.set()
-        assert self.gate.wait(20)
-        return super().__call__(prompts, **settings)
-
-
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED)
 def test_what_is_no_http_is_an_error_of_the_same_form(server, raw):
     with wired(server) as wire:
@@ -86,8 +73,7 @@ def test_a_second_request_on_a_connection_may_be_no_http(server):
     assert b"invalid_http" in found
 
 
-def test_where_there_is_no_room_no_body_is_read(serving):
-    held = Held()
+def test_where_there_is_no_room_no_body_is_read(serving, held):
     with serving(held, max_queue=1) as served:
         thread = threading.Thread(target=served.chat)
         thread.start()
@@ -113,8 +99,7 @@ def test_bodies_that_are_being_sent_take_room_too(serving):
         assert served.chat().status_code == 200
 
 
-def test_the_time_of_a_request_begins_before_its_body(serving):
-    held = Held()
+def test_the_time_of_a_request_begins_before_its_body(serving, held):
     with serving(held, timeout_s=1.5) as served, wired(served) as wire:
         body, began = asked("hi"), time.monotonic()
         wire.sendall(whole(body)[: -len(body)])

@@ -175,21 +175,7 @@ def test_without_a_token_no_foreign_name_reaches_a_server(server):
     assert server.client.get("/v1/models", headers={"Host": f"localhost:{server.port}"}).status_code == 200
 
 
-class Held(ScriptedSampler):
-    """Answers when it is told to."""
-
-    def __init__(self):
-        super().__init__(lambda p, i: "done")
-        self.gate, self.entered = threading.Event(), threading.Event()
-
-    def __call__(self, prompts, **settings):
-        self.entered.set()
-        assert self.gate.wait(20)
-        return super().__call__(prompts, **settings)
-
-
-def test_a_full_queue_is_429_and_work_that_takes_too_long_504(serving):
-    held = Held()
+def test_a_full_queue_is_429_and_work_that_takes_too_long_504(serving, held):
     with serving(held, max_queue=2, timeout_s=1.5, keepalive_s=0.1) as served:
         replies = []
         threads = [threading.Thread(target=lambda: replies.append(served.chat())) for _ in range(2)]
@@ -210,8 +196,7 @@ def test_a_full_queue_is_429_and_work_that_takes_too_long_504(serving):
         assert served.chat().json()["choices"][0]["message"]["content"] == "done"
 
 
-def test_while_a_server_goes_down_new_requests_get_503_and_running_ones_end(serving):
-    held = Held()
+def test_while_a_server_goes_down_new_requests_get_503_and_running_ones_end(serving, held):
     with serving(held) as served:
         replies = []
         thread = threading.Thread(target=lambda: replies.append(served.chat()))
