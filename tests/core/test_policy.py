@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tempering.core.adapted_layers import default_targets
+from tempering.core.adapted_layers import adapters_joined_once, default_targets
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.run import Run
 
@@ -217,6 +217,23 @@ def test_adapters_added_at_once_equal_pefts_one_after_the_other(tiny_policy, fam
         found[way] = [out, *torch.autograd.grad(out.square().mean(), parameters)]
     for ours, theirs in zip(found["ours"], found["peft"], strict=True):
         assert torch.linalg.norm(ours - theirs) <= tolerance * torch.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_joined_once_compute_the_same_bits_also_as_others_become_active(tiny_policy, dtype):
+    policy = stack(tiny_policy(dtype=dtype))
+    want, below = logits(policy), []
+    with policy.reference():
+        below.append(logits(policy))
+    try:
+        with adapters_joined_once(policy.model):
+            assert all(torch.equal(logits(policy), want) for _ in range(2))
+            with policy.reference():
+                assert torch.equal(logits(policy), below[0])
+            raise KeyError
+    except KeyError:
+        shake(policy, "stage_2", seed=9)
+    assert not torch.equal(logits(policy), want)  # outside nothing is kept, after an error too
 
 
 def test_the_bias_of_a_foreign_adapter_counts(tiny_policy):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tempering.core.activations import EndStates, capture
+from tempering.core.adapted_layers import adapters_joined_once
 from tempering.core.chat import Encoded, PromptFormat, encode_prompt
 from tempering.core.draws import Key, inverse_transform, uniforms
 from tempering.core.loading import Dtype, quiet_libraries
@@ -310,7 +311,7 @@ class LocalSampler:
             pick.append(_Chosen(said))
         layers, end_id, _ = self._keeping or ((), 0, None)
         watch = capture(policy.model, layers, keep=EndStates.newest) if layers else nullcontext()
-        with torch.inference_mode(), quiet_libraries():
+        with torch.inference_mode(), adapters_joined_once(policy.model), quiet_libraries():
             # The model's own generation_config would add its temperature and penalties to ours.
             own, policy.base.generation_config = policy.base.generation_config, config
             try:
