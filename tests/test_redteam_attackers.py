@@ -199,6 +199,10 @@ def test_authorisation_is_on_record(serve, seeds, tmp_path, monkeypatch):
     assert run(["redteam", server.target, *args, f"out={out}", "encoder=false"]) == 0
     record = json.loads((out / "provenance.json").read_text())["authorised"]
     assert record["hosts"] == ["models.example.org"] and record["cap"]["max_queries"] == 50
+    args = ["attacks=[prefill]", "limit=2", "authorised=true", "endpoint.max_tokens_total=90000"]
+    assert run(["redteam", server.target, *args, f"out={tmp_path / 'attacks'}"]) == 0
+    record = json.loads((tmp_path / "attacks" / "provenance.json").read_text())["authorised"]
+    assert record["hosts"] == ["models.example.org"] and record["cap"] == {"max_tokens_total": 90000}
 
 
 def test_a_gate_on_the_strongest_attacker_is_exit_code_3(serve, seeds, tmp_path, capfd):

@@ -22,7 +22,7 @@ from tempering.core.meter import Meter, Purse
 from tempering.core.progress import say
 from tempering.core.records import content_id
 from tempering.core.run import Run
-from tempering.evals.authorisation import remote_hosts, require_authorised
+from tempering.evals.authorisation import authorisation, remote_hosts, require_authorised
 from tempering.evals.redteam_settings import HOW_ASKED, RedteamConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"attacks": list(ATTACKS)}
 """What is tried when no attack is named."""
+CAPS = ("budget", "max_tokens_total")
+"""Of `endpoint`, those that limit what the eval may ask of another machine."""
 REQUESTS, JUDGEMENTS = "data/requests.jsonl", "data/judgements.jsonl"
 
 
@@ -60,11 +62,15 @@ def run_redteam(
     if by_attackers(settings):
         return run_attackers(target, out=out, resume=resume, authorised=authorised, **settings)
     limits = settings.get("endpoint") or {}
-    has_cap = any(limits.get(name) is not None for name in ("budget", "max_tokens_total"))
-    cap = "endpoint.budget=N or endpoint.max_tokens_total=N"
-    require_authorised([target], authorised=authorised is True, has_cap=has_cap, cap=cap)
+    has_cap = any(limits.get(name) is not None for name in CAPS)
+    cap = " or ".join(f"endpoint.{name}=N" for name in CAPS)
+    hosts = require_authorised([target], authorised=authorised is True, has_cap=has_cap, cap=cap)
     folder = _folder(target, out, settings.get("sampler"))
     results = evaluate(target, ["attack_success"], out=folder, resume=resume, **{**DEFAULTS, **settings})
+    if hosts:
+        run = Run.open(folder)
+        allowed = {name: limits[name] for name in CAPS if limits.get(name) is not None}
+        run.write_provenance(**{**run.provenance, "authorised": authorisation(hosts, allowed)})
     for warning in results["attack_success"]["warnings"]:
         if "was left out" in warning:
             say(f"[yellow]{escape(warning)}[/]")
@@ -140,7 +146,7 @@ def run_attackers(
         attackers={a.name: a.identity for a in attackers},
         seeds=source,
         judges=[harm.identity, refusal.identity, faithful.identity],
-        authorised={"hosts": hosts, "by": "authorised=true", "cap": config.spend.model_dump()} if hosts else None,
+        authorised=authorisation(hosts, config.spend.model_dump()) if hosts else None,
         parents=sorted({str(a.trained.run) for a in attackers if a.trained}),
         unsafe=False,
         unsafe_data=[ATTACKS_FILE, RESPONSES, JUDGEMENTS, "cache"],

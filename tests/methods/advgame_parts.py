@@ -2,11 +2,17 @@
 
 from collections import Counter
 
+import pytest
+
+from tempering.attacks.trained import find_trained, load_attacker
+from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
 from tempering.core.records import content_id
 from tempering.judges.game import GameJudge
 from tempering.judges.game_askers import Said
 from tempering.judges.journal import Journal
 from tempering.methods.advgame.rollout import JUDGEMENTS, Judges
+from tempering.serving.settings import ServeConfig
+from tempering.serving.target import open_target
 
 SEEDS = [
     {"prompt": f"{verb} the {thing} number {i}", "category": category, "split": split}
@@ -71,3 +77,19 @@ class Measuring(Counting):
         if question.criterion.startswith("faithfulness"):
             return Said((1.0,), None)
         return Said(tuple(min(10.0, float(len(text))) for text in question.responses), None)
+
+
+def assert_served_with_its_flag_alone(run, asked):
+    """The trained attacker itself answers behind a server, and each answer needs both halves of the override."""
+    folder = str(run.root / "final" / "attacker")
+    want = load_attacker(find_trained(str(run.root)), dtype="float32")(asked, max_new_tokens=4)
+    with pytest.raises(UnsafeExpertAccess, match="serving the unsafe run"):
+        open_target(folder, ServeConfig(dtype="float32"))
+    with pytest.raises(ValueError, match="served as it is"):
+        open_target(folder, ServeConfig(dtype="float32", unsafe_reason="a test", sampler="policy"))
+    target = open_target(folder, ServeConfig(dtype="float32", unsafe_reason="a test"))
+    with pytest.raises(UnsafeExpertAccess):
+        target.sampler(asked, max_new_tokens=4)
+    with allow_unsafe_experts(reason="a test"):
+        assert target.sampler(asked, max_new_tokens=4)[0][0].token_ids == want[0][0].token_ids
+    assert target.in_steps

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from advgame_parts import Counting, Measuring, judged_by, lines, untimed
+from advgame_parts import Counting, Measuring, assert_served_with_its_flag_alone, judged_by, lines, untimed
 from safetensors.torch import save_file
 
 from tempering.core.chat import Encoded, collate
@@ -78,8 +78,9 @@ def test_the_attacker_is_quarantined_and_the_run_is_its_defender(game, monkeypat
     with allow_unsafe_experts(reason="a test"):
         policy.load_player("attacker", run.root / "final" / "attacker_raw")
     assert policy.adapters == [] and policy._active() == []
-    answer = advgame.sampler(run)([Prompt(({"role": "user", "content": "paint"},))], max_new_tokens=2)
-    assert len(answer[0]) == 1
+    asked = [Prompt(({"role": "user", "content": "paint"},))]
+    assert len(advgame.sampler(run)(asked, max_new_tokens=2)[0]) == 1
+    assert_served_with_its_flag_alone(run, asked)
 
 
 def test_a_resumed_game_is_the_same_game(game, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from advgame_parts import Counting, judged_by, lines, untimed
+from advgame_parts import Counting, assert_served_with_its_flag_alone, judged_by, lines, untimed
 from safetensors.torch import load_file
 
 from tempering.attacks.trained import find_trained, load_attacker
@@ -25,7 +25,7 @@ def weights_of(folder):
     return load_file(folder / name)
 
 
-def test_a_whole_player_is_averaged_exactly_quarantined_and_asked_again(game, quick_model):
+def test_a_whole_player_is_averaged_exactly_quarantined_and_asked_again(game, quick_model, monkeypatch):
     config = game(steps=1, players={"attacker": WHOLE, "defender": {**WHOLE, "reference": "fixed"}}, eval_every=1)
     run = advgame.train(config, make_judges=judged_by(Counting()))
     start = load_file(f"{quick_model}/model.safetensors")
@@ -45,6 +45,8 @@ def test_a_whole_player_is_averaged_exactly_quarantined_and_asked_again(game, qu
     asked = Prompt(({"role": "user", "content": "paint"},))
     ((answer,),) = load_attacker(trained, dtype="float32")([asked], max_new_tokens=2)
     assert answer.token_ids
+    monkeypatch.setenv("TEMPER_ALLOW_UNSAFE_EXPERTS", "1")
+    assert_served_with_its_flag_alone(run, [asked])
     file = run.root / "final/attacker/model.safetensors.unsafe"
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(ValueError, match="not the weights"):

@@ -91,7 +91,7 @@ def train(
 
     temper train advgame out=runs/game
 
-    temper train advgame -c one_gpu_7b judges.default=openai:MODEL@URL --dry-run
+    temper train advgame -c one_gpu_7b data.train=demo --dry-run
 
     temper train staged_competence --keys
     """
@@ -165,7 +165,7 @@ def eval_(
 
     temper eval runs/mine harm gate.harmful_rate=0.1
 
-    temper eval runs/unlearned -c recipes/eval/unlearning.yaml gold=runs/gold
+    temper eval runs/unlearned -c recipes/eval/unlearning.yaml gold=runs/gold out=runs/attacked
 
     temper eval runs/mine lm_eval tasks=[gsm8k,arc_easy] limit=100 out=runs/mine-lm-eval
 

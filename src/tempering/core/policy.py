@@ -239,11 +239,17 @@ class Policy:
         """Let a player in: whatever was, is as before, and what is new is frozen and in the base's mode."""
         if name in (*self.adapters, *self.players):
             raise ValueError(f"there is an adapter called {name} already; there is {[*self.adapters, *self.players]}")
-        active = list(self._active())
-        with self._restored():
-            yield
-            self.players.append(name)
-            self._activate(active)
+        active, known = list(self._active()), set(self.model.modules())
+        try:
+            with self._restored():
+                yield
+                self.players.append(name)
+                self._activate(active)
+        finally:
+            for module in set(self.model.modules()) - known:
+                module.training = self.base.training
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
 
     def player_layers(self, name: str) -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
         """The (layer name, A, B, scale) of one adapter, in a fixed order: the update of a layer is scale B A."""
@@ -356,10 +362,10 @@ class Policy:
         if unknown := set(names) - set(known):
             raise ValueError(f"no adapter called {', '.join(sorted(unknown))}; there is {known}")
         active = list(self._active())
-        with self._restored():
+        with self._restored() as parameters:
             try:
                 self._activate(names)
-                for parameter in self.model.parameters():
+                for parameter in parameters:
                     parameter.requires_grad_(False)
                 for parameter in training:
                     parameter.requires_grad_(True)
@@ -368,17 +374,20 @@ class Policy:
                 self._activate(active)
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
-        """Leave `requires_grad` flags and train or eval modes as they were; what is new is frozen, as the base is."""
-        flags = {id(p): p.requires_grad for p in self.model.parameters()}
-        modes, mode = {id(m): m.training for m in self.model.modules()}, self.base.training
+    def _restored(self) -> Iterator[list[nn.Parameter]]:
+        """Leave `requires_grad` flags and train or eval modes as they were; yields the parameters that are there.
+
+        One walk through the modules, of which each adapter has hundreds: players change several times a step.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        flags = {p: p.requires_grad for module in modes for p in module.parameters(recurse=False)}
         try:
-            yield
+            yield list(flags)
         finally:
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(flags.get(id(parameter), False))
-            for module in self.model.modules():
-                module.training = modes.get(id(module), mode)
+            for parameter, is_trained in flags.items():
+                parameter.requires_grad_(is_trained)
+            for module, mode in modes.items():
+                module.training = mode
 
     @contextmanager
     def reference(self, *, initial: bool = False) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tempering.core.endpoint import parse_endpoint
 
@@ -36,3 +37,8 @@ def require_authorised(targets: Sequence[str], *, authorised: bool, has_cap: boo
             "give it where you are allowed to test that service"
         )
     return hosts
+
+
+def authorisation(hosts: Sequence[str], cap: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what provenance says of hosts that were authorised, and of the cap that was given for them."""
+    return {"hosts": list(hosts), "by": "authorised=true", "cap": dict(cap)}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tempering.api import load
-from tempering.attacks.trained import PLAYER
+from tempering.attacks.trained import PLAYER, find_trained, load_attacker
 from tempering.core.decoding import Decoding
 from tempering.core.policy import Policy
 from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts, require_override, require_safe
@@ -107,14 +107,25 @@ def open_target(reference: str, config: ServeConfig) -> Target:
             if path.exists():
                 require_safe(path, "serving")
             if (path / PLAYER).is_file() and path.name.startswith("attacker"):
-                require_override(f"serving the attacker {reference}")
-            sampler = load(
-                reference, dtype=config.dtype, sampler=config.sampler, attribution=config.attribution,
-                policy=config.policy, probe_subtract=config.probe_subtract, **config.endpoint.model_dump(),
-            )  # fmt: skip
+                sampler = _attacker(path, config)
+            else:
+                sampler = load(
+                    reference, dtype=config.dtype, sampler=config.sampler, attribution=config.attribution,
+                    policy=config.policy, probe_subtract=config.probe_subtract, **config.endpoint.model_dump(),
+                )  # fmt: skip
     except UnsafeExpertAccess as error:
         raise UnsafeExpertAccess(f"{error}; of `temper serve`, unsafe_reason=TEXT is the first half") from None
     return describe(reference, sampler, config)
+
+
+def _attacker(folder: Path, config: ServeConfig) -> Sampler:
+    """An attacker, an adapter or whole weights, each of whose answers needs the override."""
+    require_override(f"serving the attacker {folder}")
+    if config.sampler:
+        raise ValueError(f"sampler={config.sampler}: an attacker is served as it is")
+    sampler = load_attacker(find_trained(str(folder)), dtype=config.dtype)
+    sampler.policy.source = replace(sampler.policy.source, unsafe=True)
+    return sampler
 
 
 def describe(reference: str, sampler: Sampler, config: ServeConfig) -> Target:

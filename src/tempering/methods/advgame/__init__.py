@@ -17,8 +17,8 @@ Unknown, our choice: which checkpoint was reported (the last average is kept in 
 it), LoRA settings. The average pulls towards where a player was, not to its start: the KL to the start is logged.
 
     temper train advgame                                             # smollm2, two CPU cores, offline
-    temper train advgame -c one_gpu_7b judges.default=openai:MODEL@URL out=runs/mine
-    temper train advgame -c one_gpu_7b --dry-run                     # what fits, before anything is loaded
+    temper train advgame -c one_gpu_7b judges.default=openai:MODEL@URL data.train=wildjailbreak:FILE out=runs/mine
+    temper train advgame -c one_gpu_7b data.train=demo --dry-run     # what fits, before anything is loaded
 
 Configuration: `settings`. Pure: `pairs`, `ema`, `losses`. `players` are the adapters, `rollout` plays a seed, `ahead`
 plays it some steps before it is learned from, `updates` takes one optimiser step, `warm_start` teaches small models
@@ -95,6 +95,8 @@ def train(
     Run.require_free(config.out, resume)
     require_judges(config)
     seeds = read_seeds(config)
+    if policy is None:
+        say_plan(memory_plan(config))  # before anything is loaded
     seats = load_seats(config, policy)
     train_seeds, dropped = by_class(config, seats, seeds, "train")
     if empty := [category for category, own in train_seeds.items() if not own]:
@@ -301,6 +303,8 @@ def dry_run(config: AdvGameConfig) -> dict[str, Any]:
     """Check seeds and judges, say what a step asks for and what memory a run takes; nothing is loaded or written."""
     Run.require_free(config.out, resume=False)
     require_judges(config)
+    plan = memory_plan(config)
+    say_plan(plan)  # first: it needs no seeds, which may be gated
     seeds = read_seeds(config)
     own = config.rollout
     played = own.seeds * len(config.data.classes)
@@ -312,7 +316,6 @@ def dry_run(config: AdvGameConfig) -> dict[str, Any]:
     questions = attacks * config.judges.faithfulness_samples
     questions += twice * attacks * compared[own.responses] * (config.judges.defender is not None)
     questions += twice * played * compared[own.attacks] * (config.judges.attacker is not None)
-    plan = memory_plan(config)
     facts = {
         "seeds": {s: {c: sum(x.split == s and x.category == c for x in seeds) for c in config.data.classes}
                   for s in ("train", "valid", "test")},
@@ -326,7 +329,6 @@ def dry_run(config: AdvGameConfig) -> dict[str, Any]:
         f"a step: {attacks} attacks, at most {answers} answers and {questions} judgements; {config.steps} steps, at "
         f"most {facts['judgements_at_most']:,} judgements"
     )
-    say_plan(plan)
     say("nothing was loaded and nothing was written")
     return facts
 

@@ -15,8 +15,8 @@ over the tokens of a text, then over texts. The cosine has no length c to set an
 
 Baselines: `rmu` (Li et al. 2024, arXiv:2403.03218; `compat: wmdp` computes what its released code does),
 `adaptive_rmu` (arXiv:2408.06223), `grad_diff`, `npo` (arXiv:2404.05868), `simnpo` (arXiv:2410.07163),
-`circuit_breakers` (arXiv:2406.04313). Differs: the last three and grad_diff edit the blocks, not embeddings and head;
-circuit_breakers has no dropout.
+`circuit_breakers` (arXiv:2406.04313). Differs: grad_diff, npo and simnpo edit the blocks, not embeddings and
+head; circuit_breakers has no dropout.
 
 Only the edited tensors train, in place; the pass stops at the loss layer; the reference is the same network with
 clones of these tensors swapped in. The result is `final/edit.safetensors`, which can be taken out again. A model
