@@ -50,6 +50,7 @@ def game(quick_model, game_seeds, short_instructions, tmp_path):
             "dtype": "float32", "max_length": 512, "ema": {"decay": 0.95},
             "rollout": {"seeds": 2, "attacks": 2, "attacker_tokens": 6, "defender_tokens": 6},
             "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
+            "nll_scale": 0.0,
             "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
             "warm_start": {"rewrites": 0, "brief": 0}, "kl_every": 1,
         }  # fmt: skip

@@ -98,7 +98,7 @@ class Ema(Config):
 class Rollouts(Config):
     """How seeds are played."""
 
-    seeds: int = Field(default=1, ge=1)
+    seeds: int = Field(default=2, ge=1)
     """Seeds of each class a step."""
     attacks: int = Field(default=4, ge=1)
     """Rewrites of a seed (A): of more, the best and the worst lie farther apart."""
@@ -225,8 +225,9 @@ class AdvGameConfig(Config):
     """Which side of a pair is chosen: as judged, or by a coin (a control)."""
     beta: float = Field(default=0.1, gt=0)
     """Of the loss: inverse temperature (dpo, ipo) or weight of the KL (grpo)."""
-    nll_scale: float = Field(default=0.0, ge=0)
-    """Weight of the chosen side's negative log-likelihood, a token."""
+    nll_scale: float = Field(default=0.3, ge=0)
+    """Weight of the chosen side's negative log-likelihood, a token (dpo, ipo; the paper: 0): without it few pairs a step
+    at a large rate push down both sides, and samples come to no end."""
     entropy_scale: float = Field(default=0.0, ge=0)
     """Weight of a bonus for entropy: the mean, a token, over what a player learns from (usual: 0.001 to 0.01)."""
     class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 1.0})
@@ -241,7 +242,7 @@ class AdvGameConfig(Config):
     """Past attackers."""
     guard: Guard = Guard()
     """Over-refusal."""
-    steps: int = Field(default=48, ge=1)
+    steps: int = Field(default=36, ge=1)
     """Steps of the game."""
     lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls to a fifth by half a cosine (usual: full 1e-6, LoRA of a big one 1e-5 to 2e-4)."""
@@ -273,7 +274,7 @@ class AdvGameConfig(Config):
     """Type of the base weights; auto: bfloat16 where the device computes in it."""
     checkpoint_every: int = Field(default=12, gt=0)
     """Steps between checkpoints (and at the end)."""
-    eval_every: int = Field(default=48, ge=0)
+    eval_every: int = Field(default=36, ge=0)
     """Steps between validations (and before the first step and after the last); 0: none."""
     eval_trees: int = Field(default=64, ge=1)
     """Fixed trees of one attack and one answer that a validation plays, of both classes together."""
