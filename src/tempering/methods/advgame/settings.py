@@ -226,8 +226,8 @@ class AdvGameConfig(Config):
     beta: float = Field(default=0.1, gt=0)
     """Of the loss: inverse temperature (dpo, ipo) or weight of the KL (grpo)."""
     nll_scale: float = Field(default=0.3, ge=0)
-    """Weight of the chosen side's negative log-likelihood, a token (dpo, ipo; the paper: 0): without it few pairs a step
-    at a large rate push down both sides, and samples come to no end."""
+    """Weight of the chosen side's negative log-likelihood, a token (dpo, ipo; the paper: 0): without it few pairs a
+    step at a large rate push down both sides, and samples come to no end."""
     entropy_scale: float = Field(default=0.0, ge=0)
     """Weight of a bonus for entropy: the mean, a token, over what a player learns from (usual: 0.001 to 0.01)."""
     class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 1.0})
