@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 
 INTEROP := .venv-interop
 INTEROP_STAMP := $(INTEROP)/.installed
+REDTEAM := .venv-redteam
+REDTEAM_STAMP := $(REDTEAM)/.installed
 
 .PHONY: install demo test test-slow test-interop check bench clean
 
@@ -39,7 +41,18 @@ $(INTEROP_STAMP): $(STAMP)
 	$(INTEROP)/bin/pip install -q -c $(INTEROP)/constraints.txt 'setuptools>=77' lm_eval==0.4.13 inspect_ai==0.3.285 openai==3.54.0 'transformers[serving]' schemathesis==4.32.5
 	touch $(INTEROP_STAMP)
 
-test-interop: $(INTEROP_STAMP)
+# garak and PyRIT have an environment each: they pin other versions, of dozens of packages, which uv resolves in seconds.
+$(REDTEAM_STAMP):
+	$(PYTHON) -m venv $(REDTEAM)
+	$(REDTEAM)/bin/pip install -q uv==0.13.9
+	echo torch==2.13.0 > $(REDTEAM)/overrides.txt
+	for tool in garak==0.17.1 pyrit==1.1.0; do \
+		$(PYTHON) -m venv $(REDTEAM)/$${tool%==*} && UV_FIND_LINKS="$$PIP_FIND_LINKS" \
+		$(REDTEAM)/bin/uv pip install -q --python $(REDTEAM)/$${tool%==*}/bin/python --override $(REDTEAM)/overrides.txt $$tool || exit 1; \
+	done
+	touch $(REDTEAM_STAMP)
+
+test-interop: $(INTEROP_STAMP) $(REDTEAM_STAMP)
 	TEMPER_FUZZ_CASES=$${TEMPER_FUZZ_CASES:-300} $(INTEROP)/bin/python -m pytest -q -m interop
 
 check: install
@@ -54,4 +67,4 @@ bench: install
 	$(BIN)/python benchmarks/endpoint_vs_httpx.py
 
 clean:
-	rm -rf $(VENV) $(INTEROP) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(INTEROP) $(REDTEAM) runs build dist src/*.egg-info
