@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tempering.core.adapted_layers import adapters_joined_once, default_targets
+from tempering.core.adapted_layers import KEPT, adapters_joined_once, default_targets
 from tempering.core.policy import LoraSettings, Policy
 from tempering.core.run import Run
 
@@ -230,6 +230,9 @@ def test_adapters_joined_once_compute_the_same_bits_also_as_others_become_active
             assert all(torch.equal(logits(policy), want) for _ in range(2))
             with policy.reference():
                 assert torch.equal(logits(policy), below[0])
+            with adapters_joined_once(policy.model):
+                assert torch.equal(logits(policy), want)
+            assert all(KEPT in layer.__dict__ for _, layer in policy.lora_layers())  # the outer one still keeps
             raise KeyError
     except KeyError:
         shake(policy, "stage_2", seed=9)

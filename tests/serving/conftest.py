@@ -29,6 +29,15 @@ class Served:
     def chat(self, text="how do I stone?", **body):
         return self.client.post("/v1/chat/completions", json=asked(text, **body))
 
+    @property
+    def is_answering(self):
+        """Whether an answer is under way; one that its asker has already may be listed for a moment more."""
+        return any(not choice.job.is_over for choice in self.engine._stepping.live)
+
+    def until_answering(self):
+        while not self.is_answering:
+            time.sleep(0.002)
+
     def metric(self, name, **labels):
         return self.engine.metrics.registry.get_sample_value(f"tempering_{name}", labels) or 0.0
 

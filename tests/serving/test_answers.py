@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from tempering.core import adapted_layers
 from tempering.core.decoding import TokenScore
+from tempering.core.policy import LoraSettings
 from tempering.core.records import Prompt, as_messages
 from tempering.core.sampling import LocalSampler, ScriptedSampler, ThinkSampler
 from tempering.serving.jobs import Ask, Wrote
@@ -244,3 +246,20 @@ def test_requests_of_equal_settings_are_one_call_of_a_sampler_that_answers_in_wh
         said = [f.result().json()["choices"][0]["message"]["content"] for f in (first, *rest, other)]
     assert said == ["to first", *(f"to number {i}" for i in range(6)), "to hot"]
     assert sum(calls) == 8 and len(calls) <= 4
+
+
+def test_adapters_are_joined_once_a_layer_however_much_is_answered(tiny_policy, serving, monkeypatch):
+    policy, joined, calls = tiny_policy(), adapted_layers._joined, []
+    policy.add_adapter("player", LoraSettings(r=4), seed=7)
+    for name, weight in policy.model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    sampler = LocalSampler(policy)
+    want = [here(sampler, text)[0].text for text in TEXTS]
+    with policy.reference():
+        assert want != [here(sampler, text)[0].text for text in TEXTS]
+    monkeypatch.setattr(adapted_layers, "_joined", lambda *args: calls.append(args) or joined(*args))
+    with serving(sampler) as served:
+        replies = [served.chat(text).json() for text in TEXTS]
+    assert [reply["choices"][0]["message"]["content"] for reply in replies] == want
+    assert len(calls) == sum(1 for _ in policy.lora_layers())

@@ -24,11 +24,6 @@ def served(tiny_sampler, serving):
         yield found
 
 
-def until_live(served):
-    while not served.engine._stepping.live:
-        time.sleep(0.002)
-
-
 def texts(reply):
     return [choice["message"]["content"] for choice in reply.json()["choices"]]
 
@@ -44,9 +39,9 @@ def test_a_prompt_that_cannot_be_read_fails_alone(served, monkeypatch):
     monkeypatch.setattr(Decoding, "add", reading)
     with ThreadPoolExecutor(1) as pool:
         live = pool.submit(served.chat, **LONG)
-        until_live(served)
+        served.until_answering()
         assert served.chat("stone " * 60).status_code == 500
-        assert served.engine._stepping.live and not live.done()
+        assert served.is_answering and not live.done()
         assert texts(live.result()) == alone
     assert not served.engine.under_way and served.chat().status_code == 200
 
@@ -63,7 +58,7 @@ def test_answers_that_were_half_joined_are_given_up_and_the_next_are_given(serve
     monkeypatch.setattr(decoding, "_widened", failing)
     with ThreadPoolExecutor(1) as pool:
         live = pool.submit(served.chat, **LONG)
-        until_live(served)
+        served.until_answering()
         assert served.chat().status_code == 500 and live.result().status_code == 500
     assert texts(served.chat(**LONG)) == alone
 

@@ -56,10 +56,9 @@ def test_a_trace_that_fails_harms_no_answer_beside_it(tiny_policy, parts, servin
         slow.computing = lambda: time.sleep(0.01) or computing()
         monkeypatch.setattr("tempering.serving.calling._tracing", fails)
         live = pool.submit(served.chat, **body)
-        while not served.engine._stepping.live:
-            time.sleep(0.002)
+        served.until_answering()
         assert served.chat(tempering={"routing": True}).status_code == 500
-        assert served.engine._stepping.live and not live.done()
+        assert served.is_answering and not live.done()
         assert live.result().json()["choices"] == alone
 
 

@@ -93,9 +93,10 @@ def _joined(layer: Linear, names: list[str], dtype: torch.dtype) -> Joined:
 def adapters_joined_once(model: nn.Module) -> Iterator[None]:
     """Inside, each layer joins its adapters at its first pass and not again: the same bits, decoded faster.
 
-    For passes without gradient, between which no adapter changes. Which are active may change.
+    For passes without gradient, between which no adapter changes. Which are active may change. Inside another, the
+    outer one keeps them.
     """
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    layers = [module for module in model.modules() if isinstance(module, Linear) and KEPT not in module.__dict__]
     try:
         for layer in layers:
             layer.__dict__[KEPT] = {}

@@ -9,8 +9,10 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from tempering.core.adapted_layers import adapters_joined_once
 from tempering.core.sampling import Interrupted
 from tempering.serving.calling import answer, together
 from tempering.serving.errors import ApiError
@@ -81,12 +83,17 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with allowed(self.config):  # what a thread inherits does not hold the override
+            # What a thread inherits does not hold the override. Weights do not change while they are served.
+            with allowed(self.config), self._joining():
                 self._work()
         except BaseException as error:  # a boundary: nobody waits for a thread that has died
             with self._wake:
                 self._has_died = True
                 self._fail(error, self._under_way)
+
+    def _joining(self) -> AbstractContextManager[None]:
+        local = self.target.local
+        return adapters_joined_once(local.policy.model) if local is not None else nullcontext()
 
     def _work(self) -> None:
         while True:
