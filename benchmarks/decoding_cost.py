@@ -7,8 +7,9 @@
 Sides, all on weights of their own: the base; a LoRA adapter on all linear layers that is not merged, of rank 8 (a
 player of `advgame`) and of rank 48 (three stages of 16); probes subtracted at eight blocks (`probe_subtract`); and 4
 and 18 experts of rank 32 behind a gate (`safemoe`, back-ends as `auto` chose them). Adapters, probes and experts are
-random: what is computed is the same. Merged adapters and edited weights are the base. Best of N costs N answers and
-a scoring pass (docs/attribution.md).
+random: what is computed is the same. Adapters are joined once an answer, as in evals and games; a server does it once
+and for all. Merged adapters and edited weights are the base. Best of N costs N answers and a scoring pass
+(docs/attribution.md).
 
 Told: median of the rounds' ratios of seconds, with the least and the largest, and the extra tensors in MB.
 """
@@ -25,6 +26,7 @@ import torch
 from safemoe_vs_xlora import attach_ours, generation, interleaved, make_experts, ratio
 
 from tempering.core.activations import subtracted
+from tempering.core.adapted_layers import adapters_joined_once
 from tempering.core.policy import LoraSettings, Policy
 
 BLOCKS = 8
@@ -76,7 +78,13 @@ def load(options: argparse.Namespace) -> Policy:
 
 
 def answering(policy: Policy, ids: torch.Tensor, options: argparse.Namespace) -> Callable[[], Any]:
-    return generation(policy.model, ids, options.new_tokens, use_cache=True)
+    answer = generation(policy.model, ids, options.new_tokens, use_cache=True)
+
+    def run() -> None:
+        with adapters_joined_once(policy.model):
+            answer()
+
+    return run
 
 
 def subtracting(policy: Policy, answer: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
