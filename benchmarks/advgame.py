@@ -53,7 +53,7 @@ PRICES = {"over_refusal": "over_refusal_rate", "capability": "capability_accurac
 PRICED = ("original", "trained")
 KEPT = ("direct", "templates")
 """Attackers that leave the request as it is, so that nobody need ask whether it is still the same."""
-COLD = {"warm_start": {"rewrites": 0, "brief": 0, "deflections": 0}}
+COLD = {"warm_start": {"rewrites": 0, "brief": 0}}
 Cell = Mapping[str, float | None]
 """Seed id -> what was found of it; `None`: could not be told."""
 
@@ -190,7 +190,7 @@ def played(
     if steps is not None:
         settings["steps"] = steps
     if args.quick:  # a random model has no sentences, and comes to no end
-        settings |= {"judges": {"max_unscored": 1.0}, "warm_start": {"rewrites": 8, "brief": 0, "deflections": 0}}
+        settings |= {"judges": {"max_unscored": 1.0}, "warm_start": {"rewrites": 8, "brief": 0}}
     return str(trained("advgame", folder, {**settings, **(changes or {})}).root)
 
 

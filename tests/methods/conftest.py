@@ -52,7 +52,7 @@ def game(quick_model, game_seeds, short_instructions, tmp_path):
             "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
             "nll_scale": 0.0,
             "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-            "warm_start": {"rewrites": 0, "brief": 0, "deflections": 0}, "kl_every": 1,
+            "warm_start": {"rewrites": 0, "brief": 0}, "kl_every": 1,
         }  # fmt: skip
         for key, value in over.items():
             tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value

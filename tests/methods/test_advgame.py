@@ -20,7 +20,6 @@ from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
 from tempering.core.records import Prompt
 from tempering.core.run import Run, file_hash
 from tempering.data.attacker import INSTRUCTIONS
-from tempering.data.deflections import deflections
 from tempering.methods import advgame
 from tempering.methods.advgame import warm_start
 from tempering.methods.advgame.planner import memory_plan
@@ -185,7 +184,7 @@ def test_players_start_on_top_of_a_run(game, tmp_path, quick_model):
 
 def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once(game, tmp_path, monkeypatch):
     config = game(
-        warm_start={"rewrites": 4, "brief": 4, "deflections": 0, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
+        warm_start={"rewrites": 4, "brief": 4, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
         rollout={"attacker_tokens": 64, "defender_tokens": 24}, max_prompt_length=400,
     )  # fmt: skip
     run = advgame.train(config, make_judges=judged_by(Counting()))
@@ -201,30 +200,6 @@ def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once
     warm_start.warm_up(config, seats, {}, run, None)
     with policy.using(["attacker_warm"]):
         assert not torch.equal(policy.scorer(row).logprob, before)
-
-
-def test_harmful_seeds_are_deflected_beside_the_answers_and_no_others_are(game, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        warm_start, "imitate", lambda config, player, name, rows, processes: seen.update({name: rows})
-    )
-    config = game(
-        warm_start={"deflections": 3}, steps=1, eval_every=0, rollout={"defender_tokens": 100}, max_length=640
-    )
-    run = advgame.train(config, make_judges=judged_by(Counting()))
-    policy = load_seats(config).defender.policy
-    harmful = [row["prompt"] for row in run.read_rows("data/seeds.jsonl") if row["category"] == "harmful"]
-    told = []
-    for row in seen["defender_warm"]:
-        told.append(policy.tokenizer.decode(row.ids[row.prompt_tokens :], skip_special_tokens=True))
-        asked = policy.tokenizer.decode(row.ids[: row.prompt_tokens])
-        assert any(prompt in asked for prompt in harmful)
-    assert told == deflections(3)
-    assert game(warm_start={"deflections": 3}, data={"classes": ["benign"]}).warm_rows("defender") == 0
-    with pytest.raises(ValueError, match=r"warm_start\.deflections=0"):
-        advgame.train(
-            game(warm_start={"deflections": 3}, out=str(tmp_path / "short"), rollout={"defender_tokens": 4})
-        )
 
 
 def test_a_brief_answer_ends_with_a_sentence(tiny_tokenizer):

@@ -48,17 +48,13 @@ class PlayerConfig(Config):
 class WarmStart(Config):
     """Imitation before the game, in an adapter that is frozen then, and is part of a player's start.
 
-    Small models answer a seed instead of rewriting it, do not come to an end, and refuse nothing; then there are no
-    pairs, or none that matter.
+    Small models answer a seed instead of rewriting it, and do not come to an end; then there are no pairs.
     """
 
     rewrites: int = Field(default=64, ge=0)
     """Seeds in template sentences that the attacker imitates; 0: none."""
     brief: int = Field(default=64, ge=0)
     """Own answers of the defender, cut after a sentence, that it imitates; 0: none."""
-    deflections: int = Field(default=32, ge=0)
-    """Harmful seeds that the defender imitates a refusal with an offer of; 0: none. A model that refuses nothing has
-    no refusal to learn to prefer, and an attacker has nothing to get round."""
     lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls linearly to zero."""
     rows: int = Field(default=4, ge=1)
@@ -218,7 +214,7 @@ class AdvGameConfig(Config):
     players: Players = Players()
     """Who plays, and from which weights."""
     warm_start: WarmStart = WarmStart()
-    """What the players imitate first; for models of a few billion parameters and more set all three counts to 0."""
+    """What the players imitate first; for models of a few billion parameters and more set both counts to 0."""
     rollout: Rollouts = Rollouts()
     """How seeds are played."""
     judges: Judging = Judging()
@@ -329,10 +325,7 @@ class AdvGameConfig(Config):
 
     def warm_rows(self, role: Role) -> int:
         """How many rows a seat imitates before the game."""
-        own = self.warm_start
-        if role == "attacker":
-            return own.rewrites
-        return own.brief + (own.deflections if "harmful" in self.data.classes else 0)
+        return self.warm_start.rewrites if role == "attacker" else self.warm_start.brief
 
     def player(self, role: Role) -> PlayerConfig:
         """The settings of one of the two."""

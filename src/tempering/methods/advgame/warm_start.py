@@ -2,7 +2,6 @@
 
     attacker   instruction and seed -> the seed in a template sentence (`data/rewrites`)
     defender   seed, plain or in a template -> its own greedy answer, cut after a sentence: what it does stays
-               harmful seed, plain or in a template -> a deflection (`data/deflections`), beside those answers
 
 The adapter is frozen afterwards and part of the player's start, which references and distances are taken to. It is in
 the run before the first step, so that a resumed run does not learn it again.
@@ -25,7 +24,6 @@ from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler
 from tempering.core.training import Optimisation, Processes, schedule, step_batches
 from tempering.data.attacker import Category
-from tempering.data.deflections import deflections
 from tempering.data.rewrites import TEMPLATES, rewrite_rows
 from tempering.data.seeds import Seed
 from tempering.methods.advgame.players import WARM, Player, Seats
@@ -52,7 +50,8 @@ def warm_up(
         if not file.is_file():
             rows: list[Encoded] = []
             for role in seats.roles(player):
-                rows += (_rewrites if role == "attacker" else _answers)(config, player, seeds)
+                mixed = _alternating(seeds, config.warm_rows(role))
+                rows += _rewrites(config, player, mixed) if role == "attacker" else _brief(config, player, mixed)
             imitate(config, player, name, rows, processes)
             temporary = file.with_suffix(".part")
             save_tensors(temporary, player.policy.adapter_state([name]))
@@ -91,58 +90,29 @@ def _alternating(seeds: Mapping[Category, Sequence[Seed]], count: int) -> list[S
     return mixed[:count]
 
 
-def _rewrites(config: AdvGameConfig, player: Player, seeds: Mapping[Category, Sequence[Seed]]) -> list[Encoded]:
+def _rewrites(config: AdvGameConfig, player: Player, seeds: Sequence[Seed]) -> list[Encoded]:
     policy = player.policy
-    rows, mixed = [], _alternating(seeds, config.warm_start.rewrites)
-    for row in rewrite_rows(mixed, fmt=config.rollout.format):
+    rows = []
+    for row in rewrite_rows(seeds, fmt=config.rollout.format):
         prompt = encode_prompt(policy.tokenizer, as_messages(row["prompt"]))
         ids = policy.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         if len(ids) < config.rollout.attacker_tokens:
             rows.append(Encoded([*prompt, *ids, policy.end_id], len(prompt)))
-    if len(rows) < len(mixed) / 2:
+    if len(rows) < len(seeds) / 2:
         raise ValueError(
-            f"rollout.attacker_tokens={config.rollout.attacker_tokens}: {len(mixed) - len(rows)} of {len(mixed)} "
+            f"rollout.attacker_tokens={config.rollout.attacker_tokens}: {len(seeds) - len(rows)} of {len(seeds)} "
             "template rewrites are longer; raise it, or set warm_start.rewrites=0"
         )
     return rows
 
 
-def _framed(seeds: Sequence[Seed]) -> list[str]:
-    """Two seeds plain, the next two in a template of their class."""
-    return [
-        TEMPLATES[seed.category][i // 2 % len(TEMPLATES[seed.category])].format(prompt=seed.prompt)
-        if i % 4 > 1
-        else seed.prompt
-        for i, seed in enumerate(seeds)
-    ]
-
-
-def _answers(config: AdvGameConfig, player: Player, seeds: Mapping[Category, Sequence[Seed]]) -> list[Encoded]:
-    """Own answers, greedy, cut; and deflections of harmful seeds."""
-    own = _brief(config, player, _framed(_alternating(seeds, config.warm_start.brief)))
-    harmful = _framed(_alternating({"harmful": seeds.get("harmful", ())}, config.warm_start.deflections))
-    return own + _deflected(config, player, harmful)
-
-
-def _deflected(config: AdvGameConfig, player: Player, texts: Sequence[str]) -> list[Encoded]:
-    policy = player.policy
-    rows = []
-    for text, completion in zip(texts, deflections(len(texts)), strict=True):
-        prompt = encode_prompt(policy.tokenizer, as_messages(text))
-        ids = policy.tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if len(ids) >= config.rollout.defender_tokens:
-            raise ValueError(
-                f"rollout.defender_tokens={config.rollout.defender_tokens}: a deflection has {len(ids)}; raise it, "
-                "or set warm_start.deflections=0"
-            )
-        rows.append(Encoded([*prompt, *ids, policy.end_id], len(prompt)))
-    return rows
-
-
-def _brief(config: AdvGameConfig, player: Player, texts: Sequence[str]) -> list[Encoded]:
+def _brief(config: AdvGameConfig, player: Player, seeds: Sequence[Seed]) -> list[Encoded]:
+    """Every other seed plain, the others in a template of their class; answered greedily and cut."""
     policy, most = player.policy, int(BRIEF * config.rollout.defender_tokens)
-    if not texts:
-        return []
+    texts = []
+    for i, seed in enumerate(seeds):
+        templates = TEMPLATES[seed.category]
+        texts.append(templates[i // 2 % len(templates)].format(prompt=seed.prompt) if i % 4 > 1 else seed.prompt)
     prompts = [Prompt(as_messages(text), id=str(i)) for i, text in enumerate(texts)]
     sampler = LocalSampler(policy, batch_rows=config.rollout.rows, batch_tokens=config.sample_tokens)
     start = [name for name in player.below if not name.endswith(f"_{WARM}")]
