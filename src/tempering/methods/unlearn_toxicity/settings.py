@@ -46,8 +46,9 @@ class Check(Config):
     data: str | None = None
     """`prompt` rows to go on after, such as your copy of RealToxicityPrompts, held against neutral texts; null: rude
     texts of `data.train`, each held against its civil twin where it has one."""
-    prompts: int = Field(default=32, ge=0)
-    """Texts of each sort; 0: no check, and nothing is claimed."""
+    prompts: int = Field(default=128, ge=0)
+    """Texts of each sort, as far as there are so many (32 were too few to tell smollm2 from chance every time); 0: no
+    check, and nothing is claimed."""
     samples: int = Field(default=6, ge=1)
     """Continuations of each."""
     max_new_tokens: int = Field(default=20, ge=1)
