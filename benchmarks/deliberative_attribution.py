@@ -253,8 +253,8 @@ def measure(name: str, target: str, prompts: Sequence[Prompt], options: argparse
     else:
         with progress(f"{name}: scoring", len(rows)) as advance:
             scores = score(run, rows, inner, Pair(policy), ["eos"], "cos", likelihood=True, on_done=advance)
-    seconds = time.monotonic() - began
-    run.write_json(SECONDS, round(seconds, 1))
+    seconds = round(time.monotonic() - began, 1)
+    run.write_json(SECONDS, seconds)
     run.write_provenance(
         method="deliberative_attribution", target=target, judges=sorted({j.identity for j in judge_of.values()}),
         unsafe=False,
