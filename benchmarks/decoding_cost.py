@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What does each method cost where it answers? Decoding over the plain base's, interleaved in one process.
 
-    python benchmarks/decoding_cost.py             # SmolLM2, 8 prompts of 64 tokens, 64 new each, 7 rounds: 7 minutes
+    python benchmarks/decoding_cost.py             # SmolLM2, 8 prompts of 64 tokens, 64 new each, 7 rounds: 3 minutes
     python benchmarks/decoding_cost.py --quick     # two rounds of 8 tokens: does it run at all?
 
 Sides, all on weights of their own: the base; a LoRA adapter on all linear layers that is not merged, of rank 8 (a
