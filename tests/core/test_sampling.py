@@ -34,6 +34,18 @@ def test_same_seed_same_text_at_batch_1_and_8(sampler, temperature, n):
     assert [[c.index for c in group] for group in one] == [list(range(n))] * 8
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "gpt_neox"])
+def test_a_prompt_of_many_samples_is_read_once_and_they_are_those_of_reading_it_each_time(family, tiny_policy):
+    policy, fed = tiny_policy(family), []
+    settings = {"n": 4, "temperature": 1.0, "max_new_tokens": 10, "seed": 3}
+    each = LocalSampler(policy, batch_rows=1)(prompts(3), **settings)
+    policy.base.get_input_embeddings().register_forward_pre_hook(lambda _, given: fed.append(given[0].shape))
+    together = LocalSampler(policy, batch_rows=12)
+    assert ids(together(prompts(3), **settings)) == ids(each)
+    longest = max(len(together.prompt_ids(prompt)) for prompt in prompts(3))
+    assert fed[:2] == [(3, longest - 1), (12, 1)]
+
+
 def test_long_prompts_go_in_smaller_batches_and_answer_the_same(tiny_policy):
     policy, sizes = tiny_policy(), []
     small = LocalSampler(policy, batch_tokens=100)

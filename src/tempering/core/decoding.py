@@ -7,7 +7,6 @@ near-tie may fall otherwise).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
+from tempering.core.caching import cached_pass, is_cut_by_row, places
 from tempering.core.draws import Key, inverse_transform, uniforms
 from tempering.core.logprobs import most_likely
 from tempering.core.quarantine import require_override
@@ -67,9 +67,6 @@ class Decoding:
         self.sampler, self.policy = sampler, sampler.policy
         self.rows: list[Row] = []
         self.ends = set(self.policy.end_ids)
-        known = inspect.signature(self.policy.base.forward).parameters
-        self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._takes_positions = "position_ids" in known
         self._cache: Any = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)  # (B, W): which columns of the cache are a row's own
 
@@ -79,8 +76,7 @@ class Decoding:
         gating = getattr(getattr(sampler.policy.routing, "state", None), "gating", None)
         if gating is not None and (gating.last_token or gating.first_tokens is not None):
             return False
-        kinds = {type(layer) for layer in DynamicCache(config=sampler.policy.base.config).layers}
-        return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        return is_cut_by_row(sampler.policy)
 
     @property
     def width(self) -> int:
@@ -119,8 +115,7 @@ class Decoding:
             mask[i, width - len(row.ids) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         cache = DynamicCache(config=self.policy.base.config)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        self._pick(rows, self._forward(ids, mask, places, cache))
+        self._pick(rows, self._forward(ids, mask, places(mask), cache))
         if self.rows:
             self._join(cache, mask)
         else:
@@ -134,9 +129,9 @@ class Decoding:
             return
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.policy.device)
         # An ended row may be fed beyond the context; what comes of that is not looked at.
-        places = self._mask.sum(1, keepdim=True).clamp(max=context_of(self.policy) - 1)
+        newest = self._mask.sum(1, keepdim=True).clamp(max=context_of(self.policy) - 1)
         self._mask = torch.cat([self._mask, torch.ones_like(last)], 1)
-        self._pick(self.rows, self._forward(last, self._mask, places, self._cache))
+        self._pick(self.rows, self._forward(last, self._mask, newest, self._cache))
 
     @torch.inference_mode()
     def drop(self, *, at_once: bool = False) -> None:
@@ -158,13 +153,9 @@ class Decoding:
             for layer in self._filled(self._cache):
                 layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
 
-    def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, cache: Any) -> Tensor:
-        where = {"position_ids": places} if self._takes_positions else {}
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: Any) -> Tensor:
         with self.sampler.computing():
-            out = self.policy.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **self._extra
-            )
-        return out.logits[:, -1].float()
+            return cached_pass(self.policy, ids, mask, positions, past)
 
     def _pick(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Give each row that is not done its next token. (B, V) logits."""

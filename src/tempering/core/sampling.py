@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tempering.core.activations import EndStates, capture
 from tempering.core.adapted_layers import adapters_joined_once
+from tempering.core.caching import read_once
 from tempering.core.chat import Encoded, PromptFormat, encode_prompt
 from tempering.core.draws import Key, inverse_transform, uniforms
 from tempering.core.loading import Dtype, quiet_libraries
@@ -320,8 +321,9 @@ class LocalSampler:
                         ends = EndStates(seen, layers, width, torch.tensor(policy.end_ids, device=policy.device))
                         pick.append(ends)
                     out = policy.model.generate(
-                        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=pick
-                    )
+                        input_ids=ids, attention_mask=mask, past_key_values=read_once(policy, rows, ids, mask),
+                        generation_config=config, logits_processor=pick,
+                    )  # fmt: skip
             finally:
                 policy.base.generation_config = own
             if self._logprobs is not None:
