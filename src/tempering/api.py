@@ -185,13 +185,14 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     system: str | None = None,
+    noted: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Run evals on a target; returns what each `evals/NAME.json` holds, under its name.
 
-    `out` defaults to the target's own run folder for embedded data, and to a folder of its own, named by
-    target and settings, in all other cases. With `resume`, a `judge_card` is applied to finished evals too, from
-    their rows.
+    `out` defaults to the target's own run folder for embedded data, and to a folder of its own, named by target and
+    settings, in all other cases. `noted` is added to its provenance before anything is asked. With `resume`, a
+    `judge_card` is applied to finished evals too, from their rows.
 
     Raises:
         ValueError, FileNotFoundError: wrong input.
@@ -216,6 +217,8 @@ def evaluate(
     if pending and config.trace and not hasattr(sampler, "write"):
         raise ValueError(f"trace=true: {reference} has no gate whose decisions could be kept; a run of safemoe has")
     with _started(folder, reference, resume) as run:
+        if noted:
+            run.write_provenance(**{**run.provenance, **noted})
         for name in set(evals) - set(pending):
             _require_settings(run, name, config)
             if config.judge_card:

@@ -66,11 +66,9 @@ def run_redteam(
     cap = " or ".join(f"endpoint.{name}=N" for name in CAPS)
     hosts = require_authorised([target], authorised=authorised is True, has_cap=has_cap, cap=cap)
     folder = _folder(target, out, settings.get("sampler"))
-    results = evaluate(target, ["attack_success"], out=folder, resume=resume, **{**DEFAULTS, **settings})
-    if hosts:
-        run = Run.open(folder)
-        allowed = {name: limits[name] for name in CAPS if limits.get(name) is not None}
-        run.write_provenance(**{**run.provenance, "authorised": authorisation(hosts, allowed)})
+    allowed = {name: limits[name] for name in CAPS if limits.get(name) is not None}
+    noted = {"authorised": authorisation(hosts, allowed)} if hosts else None
+    results = evaluate(target, ["attack_success"], out=folder, resume=resume, noted=noted, **{**DEFAULTS, **settings})
     for warning in results["attack_success"]["warnings"]:
         if "was left out" in warning:
             say(f"[yellow]{escape(warning)}[/]")
