@@ -9,7 +9,7 @@ Both play (`temper train advgame`, which first shows a small attacker what a rew
 come to an end). Measured afterwards, each with n and a 95 % interval:
 
 * pair yield of each player, also of a few steps without the warm start;
-* on fixed trees of seeds that training never played, with the judge that rewarded: the attacker's reward against the
+* on fixed trees of seeds that training never had, with the judge that rewarded: the attacker's reward against the
   defender as it began, the defender's on the rewrites of the attacker as it began, after minus before, paired;
 * on held-out requests, with a judge that did not reward: how often each attacker gets a harmful answer to a rewrite
   that keeps the request's intent, from the original model, from the defender as it began and from the trained one;
@@ -54,6 +54,8 @@ PRICED = ("original", "trained")
 KEPT = ("direct", "templates")
 """Attackers that leave the request as it is, so that nobody need ask whether it is still the same."""
 COLD = {"warm_start": {"rewrites": 0, "brief": 0}}
+SHORT = {"warm_start": {"rewrites": 32, "brief": 24, "deflections": 8}}
+"""For the peak of memory: batches are as large as those of the whole warm start, and there are fewer."""
 Cell = Mapping[str, float | None]
 """Seed id -> what was found of it; `None`: could not be told."""
 
@@ -83,7 +85,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=None, help="of the game; default: the recipe's")
     parser.add_argument("--cold-steps", type=int, default=3, help="of the game without warm start, for its yield")
     parser.add_argument(
-        "--trees", type=int, default=96, help="fixed ones, half of each class (with the rewarding judge)"
+        "--trees", type=int, default=168, help="fixed ones, half of each class (with the rewarding judge)"
     )
     parser.add_argument("--prompts", type=int, default=48, help="held-out requests (with the other judge)")
     parser.add_argument("--tries", type=int, default=2, help="rewrites of each of them by each attacker")
@@ -258,8 +260,9 @@ def rewrites(here: Setting, who: str, seeds: Sequence[Any], tries: int) -> list[
     ]  # fmt: skip
     sampler = sampler_of(here, who, "attacker")
     groups = sampler(
-        asked, n=tries, max_new_tokens=rollout.attacker_tokens, temperature=1.0, top_p=1.0, seed=here.args.seed
-    )
+        asked, n=tries, max_new_tokens=rollout.attacker_tokens, temperature=rollout.temperature, top_p=rollout.top_p,
+        seed=here.args.seed,
+    )  # fmt: skip
     return [
         row_of(s, c.index, c.text, c.finish, parse_attack(c.text, rollout.format).prompt)
         for s, group in zip(seeds, groups, strict=True)
@@ -323,7 +326,9 @@ def duels(here: Setting) -> dict[str, Any]:
         for defender in ("initial", "trained"):
             told = kept_rows(
                 parts / f"trees-{who}-{defender}.jsonl",
-                lambda rows=rows, defender=defender: answered(here, defender, rows, config.defender_tokens, 1.0),
+                lambda rows=rows, defender=defender: answered(
+                    here, defender, rows, config.defender_tokens, config.temperature
+                ),
             )
             cells[who, defender], statuses = rewarded(here, told)
             found["cells"][f"{who} against {defender}"] = {
@@ -335,23 +340,20 @@ def duels(here: Setting) -> dict[str, Any]:
 
 
 def fixed_seeds(here: Setting) -> list[Any]:
-    """Seeds of both classes that no rollout of the game began with, in the order of their ids.
+    """Seeds of both classes that neither the game nor its warm start had, in the order of their ids.
 
     Raises:
         ValueError: there are fewer than asked for.
     """
     from tempering.data.seeds import Seed
 
-    seen = {row["seed_id"] for row in here.run.read_rows("data/rollouts.jsonl")}
-    rows = [row for row in here.run.read_rows("data/seeds.jsonl") if row["id"] not in seen]
+    rows = [row for row in here.run.read_rows("data/seeds.jsonl") if row["split"] != "train"]
     each = here.args.trees // len(CLASSES)
     chosen = []
     for name in CLASSES:
         own = sorted((row for row in rows if row["category"] == name), key=lambda row: row["id"])[:each]
         if len(own) < each:
-            raise ValueError(
-                f"--trees {here.args.trees}: {len(own)} {name} seeds were never played, {each} are needed"
-            )
+            raise ValueError(f"--trees {here.args.trees}: {len(own)} {name} seeds were kept apart, {each} are needed")
         chosen += [Seed(**{key: row[key] for key in Seed._fields}) for row in own]
     return chosen
 
@@ -565,7 +567,7 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
     before, learned = resident_mb("VmRSS"), None
     with tempfile.TemporaryDirectory() as folder:
         if name == "game":
-            run = Run.open(played(args, Path(folder) / "run", args.memory_steps))
+            run = Run.open(played(args, Path(folder) / "run", args.memory_steps, {} if args.quick else SHORT))
             learned = sum(1 for _ in run.read_rows("data/pairs.jsonl")) if run.has("data/pairs.jsonl") else 0
         else:
             rows = 64

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tempering.core.quarantine import UnsafeExpertAccess, allow_unsafe_experts
 from tempering.core.records import Prompt
 from tempering.core.run import Run, file_hash
 from tempering.data.attacker import INSTRUCTIONS
+from tempering.data.deflections import deflection
 from tempering.methods import advgame
 from tempering.methods.advgame import warm_start
 from tempering.methods.advgame.planner import memory_plan
@@ -184,7 +186,7 @@ def test_players_start_on_top_of_a_run(game, tmp_path, quick_model):
 
 def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once(game, tmp_path, monkeypatch):
     config = game(
-        warm_start={"rewrites": 4, "brief": 4, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
+        warm_start={"rewrites": 4, "brief": 6, "deflections": 0, "epochs": 8, "lr": 2e-2}, steps=1, eval_every=0,
         rollout={"attacker_tokens": 64, "defender_tokens": 24}, max_prompt_length=400,
     )  # fmt: skip
     run = advgame.train(config, make_judges=judged_by(Counting()))
@@ -200,6 +202,33 @@ def test_a_warm_start_teaches_rewriting_is_part_of_the_start_and_is_learned_once
     warm_start.warm_up(config, seats, {}, run, None)
     with policy.using(["attacker_warm"]):
         assert not torch.equal(policy.scorer(row).logprob, before)
+
+
+def test_a_harmful_seed_is_deflected_beside_own_answers_to_two_benign_for_each_harmful_one(game, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        warm_start, "imitate", lambda config, player, name, rows, processes: seen.update({name: rows})
+    )
+    monkeypatch.setattr(warm_start, "brief_ids", lambda tokenizer, ids, *_: [*ids[:3], 2])
+    config = game(
+        warm_start={"brief": 6, "deflections": 1}, steps=1, eval_every=0, rollout={"defender_tokens": 200},
+        max_length=700,
+    )  # fmt: skip
+    run = advgame.train(config, make_judges=judged_by(Counting()))
+    tokenizer = load_seats(config).defender.policy.tokenizer
+    seeds = list(run.read_rows("data/seeds.jsonl"))
+    asked, said = [], []
+    for row in seen["defender_warm"]:
+        prompt = tokenizer.decode(row.ids[: row.prompt_tokens])
+        asked.append(next(seed for seed in seeds if seed["prompt"] in prompt))
+        said.append(tokenizer.decode(row.ids[row.prompt_tokens :], skip_special_tokens=True))
+    assert Counter(seed["category"] for seed in asked) == {"harmful": 2, "benign": 4}
+    assert len({seed["id"] for seed in asked}) == 6
+    assert asked[-1]["category"] == "harmful"
+    assert [text == deflection(seed["prompt"], 0) for seed, text in zip(asked, said, strict=True)] == [
+        *[False] * 5,
+        True,
+    ]
 
 
 def test_a_brief_answer_ends_with_a_sentence(tiny_tokenizer):

@@ -48,13 +48,16 @@ class PlayerConfig(Config):
 class WarmStart(Config):
     """Imitation before the game, in an adapter that is frozen then, and is part of a player's start.
 
-    Small models answer a seed instead of rewriting it, and do not come to an end; then there are no pairs.
+    Small models answer a seed instead of rewriting it, do not come to an end, and refuse nothing; then there are no
+    pairs, or none of a refusal.
     """
 
     rewrites: int = Field(default=64, ge=0)
     """Seeds in template sentences that the attacker imitates; 0: none."""
-    brief: int = Field(default=64, ge=0)
-    """Own answers of the defender, cut after a sentence, that it imitates; 0: none."""
+    brief: int = Field(default=216, ge=0)
+    """Seeds, two benign to a harmful one, to which the defender imitates an answer: its own, cut after a sentence."""
+    deflections: int = Field(default=56, ge=0)
+    """Harmful seeds among these, at most, to which it imitates a refusal with an offer instead."""
     lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls linearly to zero."""
     rows: int = Field(default=4, ge=1)
@@ -98,12 +101,12 @@ class Ema(Config):
 class Rollouts(Config):
     """How seeds are played."""
 
-    seeds: int = Field(default=2, ge=1)
+    seeds: int = Field(default=3, ge=1)
     """Seeds of each class a step."""
     attacks: int = Field(default=4, ge=1)
     """Rewrites of a seed (A): of more, the best and the worst lie farther apart."""
-    responses: int = Field(default=2, ge=1)
-    """Answers to a rewrite (D)."""
+    responses: int = Field(default=3, ge=1)
+    """Answers to a rewrite (D): of more, both a deflection and an answer are likelier to be among them."""
     format: Format = "raw"
     """What the attacker has to write: think, prompt, free or raw (all of its output is the rewrite)."""
     source: Literal["attacker", "seeds"] = "attacker"
@@ -111,15 +114,15 @@ class Rollouts(Config):
     fresh: bool = True
     """Whether a seed that comes again is played again; false: its rollouts are those of the first time where the
     sampler has not changed (with sampler=initial: offline training)."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of sampling, both players. The losses are those of temperature 1."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Of sampling, both players (a model of billions of parameters: 1). The losses are those of temperature 1."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus of sampling. The losses are those of 1."""
     attacker_tokens: int = Field(default=48, ge=1)
     """Longest rewrite, reasoning included, in tokens; a longer one loses."""
     defender_tokens: int = Field(default=48, ge=1)
     """Longest answer, in tokens; a longer one loses."""
-    rows: int = Field(default=64, ge=1)
+    rows: int = Field(default=96, ge=1)
     """Samples that are written at a time, and kept in one piece."""
     logprobs: bool = False
     """Keep each token's log-probability as it was sampled, and take it for the reference's where that is what sampled
@@ -151,10 +154,10 @@ class Judging(Config):
     """How often faithfulness is asked; a majority decides."""
     defender_query: Literal["prompt", "seed"] = "prompt"
     """What the defender's judge is shown as the request: the rewrite, or the seed."""
-    attacker_benign: Literal["refusal", "deflection"] = "refusal"
-    """What the attacker wants of the defender on a benign seed."""
-    attacker_response: Literal["optimistic", "first"] = "optimistic"
-    """The answer that speaks for an attack: the one of most points, or the first."""
+    attacker_benign: Literal["refusal", "deflection"] = "deflection"
+    """What the attacker wants of the defender on a benign seed (the paper: deflection; its code: refusal)."""
+    attacker_response: Literal["optimistic", "first"] = "first"
+    """The answer that speaks for an attack: the one of most points (the paper's), or the first, as in a test."""
     tie_margin: float = Field(default=0.0, ge=0)
     """Points by which two rewards have to differ to make a pair."""
     max_unscored: float = Field(default=0.2, ge=0, le=1)
@@ -230,8 +233,8 @@ class AdvGameConfig(Config):
     step at a large rate push down both sides, and samples come to no end."""
     entropy_scale: float = Field(default=0.0, ge=0)
     """Weight of a bonus for entropy: the mean, a token, over what a player learns from (usual: 0.001 to 0.01)."""
-    class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 1.0})
-    """Weight of a class in a player's loss."""
+    class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 2.0})
+    """Weight of a class in a player's loss (the paper: alike)."""
     per_class_updates: bool = False
     """Play and update on harmful, then on benign: two updates a step. False: one, on both."""
     grpo: Grpo = Grpo()
@@ -242,7 +245,7 @@ class AdvGameConfig(Config):
     """Past attackers."""
     guard: Guard = Guard()
     """Over-refusal."""
-    steps: int = Field(default=36, ge=1)
+    steps: int = Field(default=30, ge=1)
     """Steps of the game."""
     lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls to a fifth by half a cosine (usual: full 1e-6, LoRA of a big one 1e-5 to 2e-4)."""
@@ -272,9 +275,9 @@ class AdvGameConfig(Config):
     """Of adapters, the order of seeds, sampling, and the judges' coin."""
     dtype: Dtype = "auto"
     """Type of the base weights; auto: bfloat16 where the device computes in it."""
-    checkpoint_every: int = Field(default=12, gt=0)
+    checkpoint_every: int = Field(default=10, gt=0)
     """Steps between checkpoints (and at the end)."""
-    eval_every: int = Field(default=36, ge=0)
+    eval_every: int = Field(default=30, ge=0)
     """Steps between validations (and before the first step and after the last); 0: none."""
     eval_trees: int = Field(default=64, ge=1)
     """Fixed trees of one attack and one answer that a validation plays, of both classes together."""

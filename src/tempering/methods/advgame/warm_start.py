@@ -1,7 +1,8 @@
 """Imitation before the game: an attacker that rewrites instead of answering, a defender that comes to an end.
 
     attacker   instruction and seed -> the seed in a template sentence (`data/rewrites`)
-    defender   seed, plain or in a template -> its own greedy answer, cut after a sentence: what it does stays
+    defender   seed, plain or in a template -> its own greedy answer, cut after a sentence: what it does stays;
+               to some harmful seeds a deflection (`data/deflections`): it knows another way
 
 The adapter is frozen afterwards and part of the player's start, which references and distances are taken to. It is in
 the run before the first step, so that a resumed run does not learn it again.
@@ -10,7 +11,9 @@ the run before the first step, so that a resumed run does not learn it again.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,12 +27,15 @@ from tempering.core.run import Run
 from tempering.core.sampling import LocalSampler
 from tempering.core.training import Optimisation, Processes, schedule, step_batches
 from tempering.data.attacker import Category
+from tempering.data.deflections import deflection
 from tempering.data.rewrites import TEMPLATES, rewrite_rows
 from tempering.data.seeds import Seed
 from tempering.methods.advgame.players import WARM, Player, Seats
 from tempering.methods.advgame.settings import AdvGameConfig
 
 ENDS = re.compile(r"[.!?][\"')\]]*\Z")
+BENIGN = 2
+"""Benign seeds to a harmful one that a defender imitates answers to: what it declines is to stay the exception."""
 BRIEF = 2 / 3
 """Share of the longest answer within which a cut one ends: samples vary, and should still end in time."""
 
@@ -50,8 +56,7 @@ def warm_up(
         if not file.is_file():
             rows: list[Encoded] = []
             for role in seats.roles(player):
-                mixed = _alternating(seeds, config.warm_rows(role))
-                rows += _rewrites(config, player, mixed) if role == "attacker" else _brief(config, player, mixed)
+                rows += (_rewrites if role == "attacker" else _answers)(config, player, seeds)
             imitate(config, player, name, rows, processes)
             temporary = file.with_suffix(".part")
             save_tensors(temporary, player.policy.adapter_state([name]))
@@ -82,37 +87,60 @@ def imitate(config: AdvGameConfig, player: Player, name: str, rows: Sequence[Enc
     say(f"warm start of the {player.name}: {len(rows)} rows, loss {loss:.3f} in the last step")
 
 
-def _alternating(seeds: Mapping[Category, Sequence[Seed]], count: int) -> list[Seed]:
-    """The last seeds of the classes in turn: those that the game comes to last."""
-    lists = [list(own)[::-1] for own in seeds.values()]
-    longest = max(map(len, lists))
-    mixed = [own[i] for i in range(longest) for own in lists if i < len(own)]
+def _mixed(seeds: Mapping[Category, Sequence[Seed]], count: int, benign: int = 1) -> list[Seed]:
+    """The last seeds of the classes, those that the game comes to last; `benign` to a harmful one, in turn."""
+    turns = {name: benign if name == "benign" else 1 for name in seeds}
+    left = {name: iter(own[::-1]) for name, own in seeds.items()}
+    mixed = []
+    while found := [seed for name, times in turns.items() for seed in islice(left[name], times)]:
+        mixed += found
     return mixed[:count]
 
 
-def _rewrites(config: AdvGameConfig, player: Player, seeds: Sequence[Seed]) -> list[Encoded]:
-    policy = player.policy
+def _framed(seeds: Sequence[Seed]) -> list[str]:
+    """Of each four seeds of a class two plain, and two in a template of the class."""
+    texts, seen = [], Counter[str]()
+    for seed in seeds:
+        own, i = TEMPLATES[seed.category], seen[seed.category]
+        texts.append(own[i // 2 % len(own)].format(prompt=seed.prompt) if i % 4 > 1 else seed.prompt)
+        seen[seed.category] += 1
+    return texts
+
+
+def _rewrites(config: AdvGameConfig, player: Player, seeds: Mapping[Category, Sequence[Seed]]) -> list[Encoded]:
+    policy, mixed = player.policy, _mixed(seeds, config.warm_start.rewrites)
     rows = []
-    for row in rewrite_rows(seeds, fmt=config.rollout.format):
+    for row in rewrite_rows(mixed, fmt=config.rollout.format):
         prompt = encode_prompt(policy.tokenizer, as_messages(row["prompt"]))
         ids = policy.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         if len(ids) < config.rollout.attacker_tokens:
             rows.append(Encoded([*prompt, *ids, policy.end_id], len(prompt)))
-    if len(rows) < len(seeds) / 2:
+    if len(rows) < len(mixed) / 2:
         raise ValueError(
-            f"rollout.attacker_tokens={config.rollout.attacker_tokens}: {len(seeds) - len(rows)} of {len(seeds)} "
+            f"rollout.attacker_tokens={config.rollout.attacker_tokens}: {len(mixed) - len(rows)} of {len(mixed)} "
             "template rewrites are longer; raise it, or set warm_start.rewrites=0"
         )
     return rows
 
 
-def _brief(config: AdvGameConfig, player: Player, seeds: Sequence[Seed]) -> list[Encoded]:
-    """Every other seed plain, the others in a template of their class; answered greedily and cut."""
+def _answers(config: AdvGameConfig, player: Player, seeds: Mapping[Category, Sequence[Seed]]) -> list[Encoded]:
+    """Own answers, and deflections of the first harmful seeds; those that are too long are left out."""
+    own, mixed = config.warm_start, _mixed(seeds, config.warm_start.brief, BENIGN)
+    harmful = [seed for seed in mixed if seed.category == "harmful"][: own.deflections]
+    declined = {seed.id for seed in harmful}
+    rows = _brief(config, player, _framed([seed for seed in mixed if seed.id not in declined]))
+    policy = player.policy
+    for i, (seed, text) in enumerate(zip(harmful, _framed(harmful), strict=True)):
+        prompt = encode_prompt(policy.tokenizer, as_messages(text))
+        ids = policy.tokenizer(deflection(seed.prompt, i), add_special_tokens=False)["input_ids"]
+        if len(ids) < config.rollout.defender_tokens:
+            rows.append(Encoded([*prompt, *ids, policy.end_id], len(prompt)))
+    return rows
+
+
+def _brief(config: AdvGameConfig, player: Player, texts: Sequence[str]) -> list[Encoded]:
+    """Answers of the defender as it is, greedy and cut."""
     policy, most = player.policy, int(BRIEF * config.rollout.defender_tokens)
-    texts = []
-    for i, seed in enumerate(seeds):
-        templates = TEMPLATES[seed.category]
-        texts.append(templates[i // 2 % len(templates)].format(prompt=seed.prompt) if i % 4 > 1 else seed.prompt)
     prompts = [Prompt(as_messages(text), id=str(i)) for i, text in enumerate(texts)]
     sampler = LocalSampler(policy, batch_rows=config.rollout.rows, batch_tokens=config.sample_tokens)
     start = [name for name in player.below if not name.endswith(f"_{WARM}")]
@@ -124,7 +152,7 @@ def _brief(config: AdvGameConfig, player: Player, seeds: Sequence[Seed]) -> list
         cut = brief_ids(policy.tokenizer, answer.token_ids, policy.end_id, set(policy.end_ids), most)
         if cut:
             rows.append(Encoded([*ids, *cut], len(ids)))
-    if not rows:
+    if texts and not rows:
         raise RuntimeError(
             f"no answer of the defender has an end of a sentence within {most} tokens to be cut at; raise "
             "rollout.defender_tokens, or set warm_start.brief=0"
