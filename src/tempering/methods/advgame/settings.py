@@ -233,7 +233,7 @@ class AdvGameConfig(Config):
     step at a large rate push down both sides, and samples come to no end."""
     entropy_scale: float = Field(default=0.0, ge=0)
     """Weight of a bonus for entropy: the mean, a token, over what a player learns from (usual: 0.001 to 0.01)."""
-    class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 2.0})
+    class_weights: dict[Category, float] = Field(default={"harmful": 1.0, "benign": 1.4})
     """Weight of a class in a player's loss (the paper: alike)."""
     per_class_updates: bool = False
     """Play and update on harmful, then on benign: two updates a step. False: one, on both."""
@@ -245,7 +245,7 @@ class AdvGameConfig(Config):
     """Past attackers."""
     guard: Guard = Guard()
     """Over-refusal."""
-    steps: int = Field(default=30, ge=1)
+    steps: int = Field(default=36, ge=1)
     """Steps of the game."""
     lr: float = Field(default=1e-3, gt=0)
     """Largest learning rate, falls to a fifth by half a cosine (usual: full 1e-6, LoRA of a big one 1e-5 to 2e-4)."""
@@ -275,9 +275,9 @@ class AdvGameConfig(Config):
     """Of adapters, the order of seeds, sampling, and the judges' coin."""
     dtype: Dtype = "auto"
     """Type of the base weights; auto: bfloat16 where the device computes in it."""
-    checkpoint_every: int = Field(default=10, gt=0)
+    checkpoint_every: int = Field(default=12, gt=0)
     """Steps between checkpoints (and at the end)."""
-    eval_every: int = Field(default=30, ge=0)
+    eval_every: int = Field(default=36, ge=0)
     """Steps between validations (and before the first step and after the last); 0: none."""
     eval_trees: int = Field(default=64, ge=1)
     """Fixed trees of one attack and one answer that a validation plays, of both classes together."""
