@@ -54,8 +54,8 @@ PRICED = ("original", "trained")
 KEPT = ("direct", "templates")
 """Attackers that leave the request as it is, so that nobody need ask whether it is still the same."""
 COLD = {"warm_start": {"rewrites": 0, "brief": 0}}
-SHORT = {"warm_start": {"rewrites": 32, "brief": 24, "deflections": 8}}
-"""For the peak of memory: batches are as large as those of the whole warm start, and there are fewer."""
+ONE_PASS = {"warm_start": {"epochs": 1}}
+"""For the peak of memory: all batches of the warm start, once."""
 Cell = Mapping[str, float | None]
 """Seed id -> what was found of it; `None`: could not be told."""
 
@@ -567,7 +567,7 @@ def peak(args: argparse.Namespace, out: Path, name: str) -> dict[str, float]:
     before, learned = resident_mb("VmRSS"), None
     with tempfile.TemporaryDirectory() as folder:
         if name == "game":
-            run = Run.open(played(args, Path(folder) / "run", args.memory_steps, {} if args.quick else SHORT))
+            run = Run.open(played(args, Path(folder) / "run", args.memory_steps, {} if args.quick else ONE_PASS))
             learned = sum(1 for _ in run.read_rows("data/pairs.jsonl")) if run.has("data/pairs.jsonl") else 0
         else:
             rows = 64

@@ -102,7 +102,7 @@ def timed(args: argparse.Namespace, url: str, ask: Callable[[httpx.Client, dict[
 
 
 def first_word(client: httpx.Client, body: dict[str, Any]) -> float:
-    """Seconds to the first token of the answer, or, where none came, to the end."""
+    """Seconds to the first token of the answer; infinite where none came: reasoning that did not end."""
     since = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
         reply.raise_for_status()
@@ -110,8 +110,8 @@ def first_word(client: httpx.Client, body: dict[str, Any]) -> float:
             if line.startswith("data: {") and any(
                 choice["delta"].get("content") for choice in json.loads(line[6:])["choices"]
             ):
-                break
-    return time.perf_counter() - since
+                return time.perf_counter() - since
+    return float("inf")
 
 
 def whole(client: httpx.Client, body: dict[str, Any]) -> float:
@@ -134,7 +134,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def told(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    came = [value for value in values if value != float("inf")]
+    lost = f", {len(values) - len(came)} without any" if len(came) < len(values) else ""
+    return f"{statistics.median(came):.2f} ({min(came):.2f} to {max(came):.2f}){lost}" if came else "none came"
 
 
 if __name__ == "__main__":
