@@ -39,6 +39,7 @@ from tempering.core.loading import (
     resolve,
 )
 from tempering.core.logprobs import SequenceScorer, projection_matches, share_limit
+from tempering.core.output_head import feed_in_one_piece
 from tempering.core.quarantine import UnsafeExpertAccess, hide, unhidden
 from tempering.core.run import atomic_write, replace_folder
 
@@ -113,6 +114,7 @@ class Policy:
         model, tokenizer = load_base(source, pick_dtype(dtype, where))
         model = model.to(where).eval()
         use_fast_attention(model)
+        feed_in_one_piece(model)
         policy = cls(model, tokenizer, source)
         policy.lineage = _lineage(Path(source.edit).parent if source.edit else Path(source.adapter or source.base))
         if source.adapter:
