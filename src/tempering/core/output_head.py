@@ -1,8 +1,7 @@
 """The output layer of a model, fed in one piece.
 
 Where only the last token's logits are wanted, transformers hands a slice of the hidden states to the output layer. Of
-a slice PyTorch's half-precision product on a CPU copies the layer's weights once for each row: 5 GB and five seconds
-for 96 prompts of smollm2.
+a slice PyTorch's half-precision product on a CPU copies the layer's weights once for each row: of smollm2 57 MB.
 """
 
 from __future__ import annotations
