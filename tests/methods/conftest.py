@@ -48,7 +48,12 @@ def game(quick_model, game_seeds, short_instructions, tmp_path):
         tree = {
             "model": quick_model, "data": {"train": game_seeds}, "out": str(tmp_path / "run"), "steps": 3,
             "dtype": "float32", "max_length": 512, "ema": {"decay": 0.95},
-            "rollout": {"seeds": 2, "attacks": 2, "attacker_tokens": 6, "defender_tokens": 6},
+            "rollout": {
+                "seeds": 2, "attacks": 2, "responses": 2, "temperature": 1.0, "attacker_tokens": 6,
+                "defender_tokens": 6,
+            },
+            "judges": {"attacker_response": "optimistic", "attacker_benign": "refusal"},
+            "class_weights": {"harmful": 1.0, "benign": 1.0},
             "max_prompt_length": 440, "eval_every": 2, "eval_trees": 4, "checkpoint_every": 2, "lr": 1e-2,
             "nll_scale": 0.0,
             "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
