@@ -68,12 +68,13 @@ def demo(model: str) -> dict[str, Any]:
     from tempering.core.config import read_yaml
 
     recipe = read_yaml(Path(tempering.__file__).parent / "recipes" / "deliberative" / "demo.yaml")
-    return {**recipe, "model": model, "evals": []}
+    recipe.pop("evals", None)
+    return {**recipe, "model": model}
 
 
 def requests(args: argparse.Namespace, out: Path) -> dict[str, list[float]]:
     """Seconds of a request of so many candidates, only drawn, and drawn, scored and chosen among."""
-    run = trained("sft", out / "aligned", {"model": args.model, "limit": 8, "epochs": 1, "evals": []}).root
+    run = trained("sft", out / "aligned", {"model": args.model, "limit": 8, "epochs": 1}).root
     found = {}
     with server(str(run), args.dtype, out / "drawing.log", ["name=drawing"]) as (drawing, _):
         for n in CANDIDATES:
