@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a client waits for: the first word of an answer behind reasoning, and best of N in front of another server.
 
-    python benchmarks/served_latency.py              # smollm2, two cores: trains a model that thinks, and measures: 12 minutes
+    python benchmarks/served_latency.py              # smollm2, two cores, with training 12 minutes
     python benchmarks/served_latency.py --thinking runs/deliberative     # one that is there
 
 Servers are started as a user starts them; requests are sent one at a time, after two that are not counted.
