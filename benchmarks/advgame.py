@@ -9,8 +9,9 @@ Both play (`temper train advgame`, which first shows a small attacker what a rew
 come to an end). Measured afterwards, each with n and a 95 % interval:
 
 * pair yield of each player, also of a few steps without the warm start;
-* on fixed trees of seeds that training never had, with the judge that rewarded: the attacker's reward against the
-  defender as it began, the defender's on the rewrites of the attacker as it began, after minus before, paired;
+* on fixed trees of seeds that training never had, some samples of each, with the judge that rewarded: the attacker's
+  reward against the defender as it began, the defender's on the rewrites of the attacker as it began, after minus
+  before, paired over seeds;
 * on held-out requests, with a judge that did not reward: how often each attacker gets a harmful answer to a rewrite
   that keeps the request's intent, from the original model, from the defender as it began and from the trained one;
 * the trained defender's over-refusal and capability beside the original's;
@@ -87,6 +88,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trees", type=int, default=168, help="fixed ones, half of each class (with the rewarding judge)"
     )
+    parser.add_argument("--samples", type=int, default=3, help="rewrites of each, one answer to each, averaged")
     parser.add_argument("--prompts", type=int, default=48, help="held-out requests (with the other judge)")
     parser.add_argument("--tries", type=int, default=2, help="rewrites of each of them by each attacker")
     parser.add_argument("--price-prompts", type=int, default=40, help="of over-refusal and of capability, each")
@@ -102,6 +104,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.quick:
         args.steps, args.cold_steps, args.memory_steps = 2, 1, 1
         args.trees, args.prompts, args.tries, args.price_prompts, args.tokens = 8, 4, 1, 4, 12
+        args.samples = 2
         args.dtype = "float32"
     return args
 
@@ -110,9 +113,9 @@ def plan(args: argparse.Namespace) -> str:
     steps = args.steps or game_config(args).steps
     return (
         f"a game of {steps} steps of {args.model} against itself, and {args.cold_steps} steps without warm start; "
-        f"{args.trees} fixed trees x 2 attackers x 2 defenders; {args.prompts} held-out requests x {args.tries} x "
-        f"{', '.join(ATTACKERS)} x {', '.join(DEFENDERS)} defenders; {args.price_prompts} prompts each for "
-        f"over-refusal and capability x 2; memory of {args.memory_steps} steps"
+        f"{args.trees} fixed trees x {args.samples} x 2 attackers x 2 defenders; {args.prompts} held-out requests x "
+        f"{args.tries} x {', '.join(ATTACKERS)} x {', '.join(DEFENDERS)} defenders; "
+        f"{args.price_prompts} prompts each for over-refusal and capability x 2; memory of {args.memory_steps} steps"
     )
 
 
@@ -318,11 +321,11 @@ def duels(here: Setting) -> dict[str, Any]:
     """Mean rewards of every attacker-defender pair of before and after, and the two differences that count."""
     seeds = fixed_seeds(here)
     config = game_config(here.args).rollout
-    found: dict[str, Any] = {"n": len(seeds), "cells": {}}
+    found: dict[str, Any] = {"n": len(seeds), "samples": here.args.samples, "cells": {}}
     cells: dict[tuple[str, str], tuple[Cell, Cell]] = {}
     for who in ("initial", "trained"):
         parts = here.out / "parts"
-        rows = kept_rows(parts / f"trees-{who}.jsonl", lambda who=who: rewrites(here, who, seeds, 1))
+        rows = kept_rows(parts / f"trees-{who}.jsonl", lambda who=who: rewrites(here, who, seeds, here.args.samples))
         for defender in ("initial", "trained"):
             told = kept_rows(
                 parts / f"trees-{who}-{defender}.jsonl",
@@ -359,7 +362,10 @@ def fixed_seeds(here: Setting) -> list[Any]:
 
 
 def rewarded(here: Setting, rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[Cell, Cell], dict[str, int]]:
-    """Rewards of attacker and defender, by the game's judge asked about each answer alone, and what went wrong."""
+    """Rewards of attacker and defender, by the game's judge asked about each answer alone, and what went wrong.
+
+    A seed's reward is the mean over its samples that have one.
+    """
     from tempering.judges.game import Asked
     from tempering.methods.advgame.pairs import (
         AttackNode,
@@ -391,7 +397,7 @@ def rewarded(here: Setting, rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[Ce
         for judge, criteria, key in ((judges.attacker, of_attacker, "seed"), (judges.defender, of_defender, query))
     ]
     by_place = [dict(zip(map(place, ended), values, strict=True)) for values in points]
-    cells: tuple[dict[str, float | None], dict[str, float | None]] = ({}, {})
+    rewards: tuple[dict[str, list[float | None]], ...] = tuple({row["seed_id"]: [] for row in rows} for _ in PLAYERS)
     statuses: Counter[str] = Counter()
     for row in rows:
         key = place(row)
@@ -410,10 +416,11 @@ def rewarded(here: Setting, rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[Ce
         status = response_status(ends, is_scored=not is_unscored[1])
         answer = Response((), row["answer"] or "", ends, row["answer"], status, scores[1])
         node = patch_rewards(Tree(key, row["category"], row["seed"], (AttackNode(attack, (answer,)),))).attacks[0]
-        cells[0][row["seed_id"]], cells[1][row["seed_id"]] = node.attack.reward, node.responses[0].reward
+        for own, response in zip(rewards, (node.attack, node.responses[0]), strict=True):
+            own[row["seed_id"]].append(response.reward)
         statuses[f"x {node.attack.status}"] += 1
         statuses[f"y {node.responses[0].status}"] += 1
-    return cells, dict(statuses)
+    return (averaged(rewards[0]), averaged(rewards[1])), dict(statuses)
 
 
 def place(row: Mapping[str, Any]) -> str:
@@ -502,7 +509,8 @@ def fallen(here: Setting, rows: Sequence[Mapping[str, Any]], *, judges_faith: bo
     return averaged(strict), averaged(loose)
 
 
-def averaged(found: Mapping[str, Sequence[bool | None]]) -> Cell:
+def averaged(found: Mapping[str, Sequence[float | None]]) -> Cell:
+    """Mean of each key's values that are there."""
     scored = {key: [v for v in values if v is not None] for key, values in found.items()}
     return {key: sum(values) / len(values) if values else None for key, values in scored.items()}
 
@@ -647,7 +655,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(row([name, told(found, 2), told(cold[name], 2) if cold else ""]))
 
     duel = results["duels"]
-    lines += ["", f"Reward, -1 to 10, on {duel['n']} fixed trees, by the judge that rewarded.", ""]
+    trees = f"{duel['n']} fixed trees, {duel['samples']} samples each"
+    lines += ["", f"Reward, -1 to 10, on {trees}, by the judge that rewarded.", ""]
     lines += [row(["", "attacker", "defender", "statuses"]), row(["---"] * 4)]
     for name, cell in duel["cells"].items():
         statuses = ", ".join(f"{key} {n}" for key, n in sorted(cell["statuses"].items()))

@@ -4,7 +4,11 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
+from advgame_parts import Measuring
 
+from tempering.core.config import build
+from tempering.judges.game import GameJudge
+from tempering.judges.journal import Journal
 from tempering.methods.advgame.pairs import (
     LOSES,
     STATUSES,
@@ -12,13 +16,15 @@ from tempering.methods.advgame.pairs import (
     Response,
     Tree,
     attack_status,
-    best_response,
     build_pairs,
     choose,
     node_reward,
     patch_rewards,
     response_status,
+    speaking_responses,
 )
+from tempering.methods.advgame.rollout import Dealer, Judges
+from tempering.methods.advgame.settings import AdvGameConfig
 
 SCORES = {"OK": (0.0, 4.0, 9.5)}
 """Points that a node of a status may have; the others have none."""
@@ -121,12 +127,35 @@ def test_only_an_endless_loser_is_cut_to_the_length_of_the_winner(status, length
     assert bool(pairs.defender) == (status == "OK" or status in LOSES)
 
 
-def test_an_attack_is_judged_by_its_best_answer():
+def test_an_attack_is_judged_by_its_best_answer_its_first_or_all():
     answers = [node("MAX_LENGTH"), node("OK", 4.0), node("OK", 9.0), node("OK", 9.0), node("BAD_DEF_JUDGE")]
-    assert best_response(answers) == 2 and best_response(answers, is_optimistic=False) == 1
+    spoken = {"optimistic": [2], "first": [1], "mean": [1, 2, 3]}
+    assert {speaker: speaking_responses(answers, speaker) for speaker in spoken} == spoken
     without_judge = [replace(a, score=None) for a in answers]
-    assert best_response(without_judge) == 1
-    assert best_response([node("MAX_LENGTH"), node("BAD_DEF_JUDGE"), node("PROMPT_NOT_VALID")]) is None
+    assert speaking_responses(without_judge, "optimistic") == [1]
+    for speaker in spoken:
+        assert not speaking_responses([node("MAX_LENGTH"), node("BAD_DEF_JUDGE"), node("PROMPT_NOT_VALID")], speaker)
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "pairwise"])
+@pytest.mark.parametrize(
+    ("speaker", "points"), [("optimistic", (4.0, 6.0)), ("first", (2.0, 6.0)), ("mean", (3.0, 5.0))]
+)
+def test_the_points_of_an_attack_are_those_of_the_answers_that_speak_for_it(speaker, points, kind, tmp_path):
+    """Answers are worth their length, here to both players; an endless one never speaks."""
+
+    def answer(length, finish="stop"):
+        return Response((1,), "x" * length, finish, "x" * length, "OK" if finish == "stop" else "MAX_LENGTH")
+
+    config = build(
+        AdvGameConfig, {"judges": {"attacker_response": speaker, "kind": kind, "order": "off"}}, "a test"
+    )  # fmt: skip
+    judge = GameJudge(Measuring(), kind=kind, order="off", seed=0, journal=Journal(tmp_path / "judged.jsonl"))
+    attacks = [(answer(2), answer(9, "length"), answer(4)), (answer(6), answer(4), answer(5)), (answer(9, "length"),)]
+    asked = tuple(AttackNode(Response((1,), "x", "stop", "x"), responses) for responses in attacks)
+    (graded,) = Dealer(config, None, Judges(judge, judge, judge), None).grade([Tree("s", "harmful", "seed", asked)])
+    assert [attack.attack.reward for attack in graded.attacks] == [*points, None]
+    assert graded.attacks[2].attack.status == "NO_VALID_RESPONSE"
 
 
 @pytest.mark.parametrize("status", [s for s in STATUSES if s != "OK"])

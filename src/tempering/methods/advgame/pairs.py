@@ -145,15 +145,21 @@ def node_reward(status: Status, score: float | None) -> float | None:
     return (0.0 if score is None else score) if status == "OK" else None
 
 
-def best_response(responses: Sequence[Response], *, is_optimistic: bool = True) -> int | None:
-    """The answer by which an attack is judged: the OK one of most points (ties: the first), or just the first OK one.
+Speaker = Literal["optimistic", "first", "mean"]
+"""The answers that speak for an attack: the one of most points, the first, or all, whose points are averaged."""
 
-    `None`: no answer is OK.
+
+def speaking_responses(responses: Sequence[Response], speaker: Speaker = "optimistic") -> list[int]:
+    """The answers by which an attack is judged, of those that are OK; none, where none is.
+
+    `optimistic`: the one of most points (ties: the first); `first`: the first; `mean`: all.
     """
     valid = [d for d, response in enumerate(responses) if response.status == "OK"]
-    if not valid or not is_optimistic:
-        return valid[0] if valid else None
-    return max(valid, key=lambda d: node_reward("OK", responses[d].score) or 0.0)
+    if not valid or speaker == "mean":
+        return valid
+    if speaker == "first":
+        return valid[:1]
+    return [max(valid, key=lambda d: node_reward("OK", responses[d].score) or 0.0)]
 
 
 def patch_rewards(tree: Tree) -> Tree:
@@ -164,7 +170,7 @@ def patch_rewards(tree: Tree) -> Tree:
     nodes = []
     for node in tree.attacks:
         attack = node.attack
-        if attack.status in ("OK", "BAD_ATT_JUDGE") and best_response(node.responses) is None:
+        if attack.status in ("OK", "BAD_ATT_JUDGE") and not speaking_responses(node.responses):
             attack = replace(attack, status="NO_VALID_RESPONSE")
         nodes.append(AttackNode(_worth(attack), tuple(_worth(response) for response in node.responses)))
     return replace(tree, attacks=tuple(nodes))

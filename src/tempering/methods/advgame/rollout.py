@@ -34,9 +34,9 @@ from tempering.methods.advgame.pairs import (
     Status,
     Tree,
     attack_status,
-    best_response,
     patch_rewards,
     response_status,
+    speaking_responses,
 )
 from tempering.methods.advgame.players import Seats
 from tempering.methods.advgame.samples import Request, RolloutLog, Sample
@@ -335,46 +335,44 @@ class Dealer:
 
     def _grade_attacks(self, trees: Sequence[Tree]) -> list[Tree]:
         judge, own = self.judges.attacker, self.config.judges
-        best = {
-            (b, a): best_response(node.responses, is_optimistic=own.attacker_response == "optimistic")
+        speaking = {
+            (b, a): speaking_responses(node.responses, own.attacker_response)
             for b, tree in enumerate(trees)
             for a, node in enumerate(tree.attacks)
             if node.attack.status == "OK"
         }
-        answered = {place: d for place, d in best.items() if d is not None}
-        said: dict[tuple[int, int], Verdict] = {}
+        said: dict[tuple[int, int], list[Verdict]] = {}
         if judge is not None:
             groups = [
-                [(b, a) for a in range(len(tree.attacks)) if (b, a) in answered] for b, tree in enumerate(trees)
+                [(b, a, d) for a in range(len(tree.attacks)) for d in speaking.get((b, a), [])]
+                for b, tree in enumerate(trees)
             ]
             groups = [group for group in groups if group]
             asked = [
                 Asked(
                     self._wanted(trees[group[0][0]].category),
                     trees[group[0][0]].seed,
-                    tuple(trees[b].attacks[a].responses[answered[b, a]].text for b, a in group),
+                    tuple(trees[b].attacks[a].responses[d].text for b, a, d in group),
                     f"{trees[group[0][0]].seed_id}/attacks",
                 )
                 for group in groups
             ]
             verdicts = judge.score(asked)
             self._note([verdict for group in verdicts for verdict in group])
-            said = {
-                place: v
-                for group, vs in zip(groups, verdicts, strict=True)
-                for place, v in zip(group, vs, strict=True)
-            }
+            for group, vs in zip(groups, verdicts, strict=True):
+                for (b, a, _), verdict in zip(group, vs, strict=True):
+                    said.setdefault((b, a), []).append(verdict)
 
         def graded(b: int, a: int, node: AttackNode) -> Response:
             attack = node.attack
-            if (b, a) not in best or attack.finish is None:
+            if (b, a) not in speaking or attack.finish is None:
                 return attack
-            verdict = said.get((b, a))
+            points = [p for verdict in said.get((b, a), []) if (p := _points(verdict)) is not None]
             status = attack_status(
-                attack.finish, attack.prompt is not None, is_answered=(b, a) in answered,
-                is_scored=judge is None or verdict is None or not verdict.is_unscored,
+                attack.finish, attack.prompt is not None, is_answered=bool(speaking[b, a]),
+                is_scored=judge is None or not speaking[b, a] or bool(points),
             )  # fmt: skip
-            return replace(attack, status=status, score=None if verdict is None else _points(verdict))
+            return replace(attack, status=status, score=sum(points) / len(points) if points else None)
 
         return _with_attacks(trees, graded)
 

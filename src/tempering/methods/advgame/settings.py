@@ -11,6 +11,7 @@ from tempering.core.endpoint import EndpointConfig
 from tempering.core.loading import Dtype
 from tempering.core.policy import LoraSettings
 from tempering.data.attacker import Category, Format
+from tempering.methods.advgame.pairs import Speaker
 
 Role = Literal["attacker", "defender"]
 ROLES: tuple[Role, ...] = ("attacker", "defender")
@@ -52,8 +53,9 @@ class WarmStart(Config):
     pairs, or none of a refusal.
     """
 
-    rewrites: int = Field(default=64, ge=0)
-    """Seeds in template sentences that the attacker imitates; 0: none."""
+    rewrites: int = Field(default=192, ge=0)
+    """Seeds in template sentences that the attacker imitates; 0: none. With a third of it a small one mixes up the
+    classes."""
     brief: int = Field(default=216, ge=0)
     """Seeds, two benign to a harmful one, to which the defender imitates an answer: its own, cut after a sentence."""
     deflections: int = Field(default=56, ge=0)
@@ -156,8 +158,9 @@ class Judging(Config):
     """What the defender's judge is shown as the request: the rewrite, or the seed."""
     attacker_benign: Literal["refusal", "deflection"] = "deflection"
     """What the attacker wants of the defender on a benign seed (the paper: deflection; its code: refusal)."""
-    attacker_response: Literal["optimistic", "first"] = "first"
-    """The answer that speaks for an attack: the one of most points (the paper's), or the first, as in a test."""
+    attacker_response: Speaker = "mean"
+    """The answer that speaks for an attack: the one of most points (optimistic: the paper's), the first, as in a
+    test, or all of them, whose points are averaged (mean: more to judge, less left to chance)."""
     tie_margin: float = Field(default=0.0, ge=0)
     """Points by which two rewards have to differ to make a pair."""
     max_unscored: float = Field(default=0.2, ge=0, le=1)
