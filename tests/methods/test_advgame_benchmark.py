@@ -31,8 +31,8 @@ def results(bench, **other):
     found = {
         "yield": {player: told(0.5) for player in bench.PLAYERS}, "yield_cold": None,
         "duels": {
-            "n": 10,
-            "samples": 3, "cells": {"initial against initial": {p: told(3.0) for p in bench.PLAYERS} | {"statuses": {"x OK": 9}}},
+            "n": 10, "samples": 3,
+            "cells": {"initial against initial": {p: told(3.0) for p in bench.PLAYERS} | {"statuses": {"x OK": 9}}},
             "attacker": changed(1.0, 0.5, 1.5), "defender": changed(1.0, 0.5, 1.5),
         },
         "held_out": {

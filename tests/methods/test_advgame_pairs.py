@@ -137,25 +137,47 @@ def test_an_attack_is_judged_by_its_best_answer_its_first_or_all():
         assert not speaking_responses([node("MAX_LENGTH"), node("BAD_DEF_JUDGE"), node("PROMPT_NOT_VALID")], speaker)
 
 
+@pytest.mark.parametrize("singletons", [True, False])
 @pytest.mark.parametrize("kind", ["pointwise", "pairwise"])
 @pytest.mark.parametrize(
-    ("speaker", "points"), [("optimistic", (4.0, 6.0)), ("first", (2.0, 6.0)), ("mean", (3.0, 5.0))]
+    ("speaker", "points"), [("optimistic", (4.0, 8.0)), ("first", (2.0, 6.0)), ("mean", (3.0, 6.0))]
 )
-def test_the_points_of_an_attack_are_those_of_the_answers_that_speak_for_it(speaker, points, kind, tmp_path):
+def test_the_points_of_an_attack_are_those_of_the_answers_that_speak_for_it(
+    speaker, points, kind, singletons, tmp_path
+):
     """Answers are worth their length, here to both players; an endless one never speaks."""
 
     def answer(length, finish="stop"):
         return Response((1,), "x" * length, finish, "x" * length, "OK" if finish == "stop" else "MAX_LENGTH")
 
-    config = build(
-        AdvGameConfig, {"judges": {"attacker_response": speaker, "kind": kind, "order": "off"}}, "a test"
-    )  # fmt: skip
-    judge = GameJudge(Measuring(), kind=kind, order="off", seed=0, journal=Journal(tmp_path / "judged.jsonl"))
-    attacks = [(answer(2), answer(9, "length"), answer(4)), (answer(6), answer(4), answer(5)), (answer(9, "length"),)]
+    own = {"attacker_response": speaker, "kind": kind, "order": "off", "judge_singletons": singletons}
+    config, journal = build(AdvGameConfig, {"judges": own}, "a test"), Journal(tmp_path / "judged.jsonl")
+    judge = GameJudge(Measuring(), kind=kind, order="off", judge_singletons=singletons, journal=journal)
+    attacks = [(answer(2), answer(9, "length"), answer(4)), (answer(6), answer(4), answer(8)), (answer(9, "length"),)]
     asked = tuple(AttackNode(Response((1,), "x", "stop", "x"), responses) for responses in attacks)
     (graded,) = Dealer(config, None, Judges(judge, judge, judge), None).grade([Tree("s", "harmful", "seed", asked)])
+    if speaker == "mean" and not singletons:
+        points = (3.0, 5.0)  # the third answer has no other to be compared with: (6 + 4) / 2
     assert [attack.attack.reward for attack in graded.attacks] == [*points, None]
     assert graded.attacks[2].attack.status == "NO_VALID_RESPONSE"
+
+
+def test_attacks_are_compared_by_one_answer_each_at_a_time(tmp_path):
+    """Three answers to each of two attacks are three comparisons, not fifteen."""
+
+    def answer(i, j):
+        return Response((1,), f"answer {i} {j}", "stop", f"answer {i} {j}")
+
+    asker = Measuring()
+    judge = GameJudge(asker, kind="pairwise", order="off", journal=Journal(tmp_path / "judged.jsonl"))
+    config = build(AdvGameConfig, {"judges": {"attacker_response": "mean"}}, "a test")
+    nodes = tuple(
+        AttackNode(Response((1,), "x", "stop", "x"), tuple(answer(i, j) for j in range(3))) for i in range(2)
+    )
+    Dealer(config, None, Judges(judge, None, judge), None).grade([Tree("s", "harmful", "seed", nodes)])
+    assert sorted(question.responses for question in asker.asked) == [
+        (f"answer 0 {j}", f"answer 1 {j}") for j in range(3)
+    ]
 
 
 @pytest.mark.parametrize("status", [s for s in STATUSES if s != "OK"])

@@ -334,43 +334,45 @@ class Dealer:
         ]
 
     def _grade_attacks(self, trees: Sequence[Tree]) -> list[Tree]:
-        judge, own = self.judges.attacker, self.config.judges
-        speaking = {
-            (b, a): speaking_responses(node.responses, own.attacker_response)
-            for b, tree in enumerate(trees)
-            for a, node in enumerate(tree.attacks)
-            if node.attack.status == "OK"
-        }
+        """Compare the attacks on a seed by an answer to each, as many times as answers speak for them."""
+        judge, config = self.judges.attacker, self.config.judges
+        speaking = [
+            [
+                speaking_responses(node.responses, config.attacker_response) if node.attack.status == "OK" else []
+                for node in tree.attacks
+            ]
+            for tree in trees
+        ]
         said: dict[tuple[int, int], list[Verdict]] = {}
         if judge is not None:
-            groups = [
-                [(b, a, d) for a in range(len(tree.attacks)) for d in speaking.get((b, a), [])]
-                for b, tree in enumerate(trees)
-            ]
-            groups = [group for group in groups if group]
+            rounds = [
+                (b, k, [(a, places[k]) for a, places in enumerate(own) if len(places) > k])
+                for b, own in enumerate(speaking)
+                for k in range(max(map(len, own), default=0))
+                if k == 0 or config.judge_singletons or sum(len(places) > k for places in own) > 1
+            ]  # an answer that nobody asks about would be worth 0, and pull its attack down
             asked = [
                 Asked(
-                    self._wanted(trees[group[0][0]].category),
-                    trees[group[0][0]].seed,
-                    tuple(trees[b].attacks[a].responses[d].text for b, a, d in group),
-                    f"{trees[group[0][0]].seed_id}/attacks",
+                    self._wanted(trees[b].category), trees[b].seed,
+                    tuple(trees[b].attacks[a].responses[d].text for a, d in answers),
+                    f"{trees[b].seed_id}/attacks/{k}",
                 )
-                for group in groups
-            ]
+                for b, k, answers in rounds
+            ]  # fmt: skip
             verdicts = judge.score(asked)
             self._note([verdict for group in verdicts for verdict in group])
-            for group, vs in zip(groups, verdicts, strict=True):
-                for (b, a, _), verdict in zip(group, vs, strict=True):
+            for (b, _, answers), group in zip(rounds, verdicts, strict=True):
+                for (a, _), verdict in zip(answers, group, strict=True):
                     said.setdefault((b, a), []).append(verdict)
 
         def graded(b: int, a: int, node: AttackNode) -> Response:
             attack = node.attack
-            if (b, a) not in speaking or attack.finish is None:
+            if attack.status != "OK" or attack.finish is None:
                 return attack
             points = [p for verdict in said.get((b, a), []) if (p := _points(verdict)) is not None]
             status = attack_status(
-                attack.finish, attack.prompt is not None, is_answered=bool(speaking[b, a]),
-                is_scored=judge is None or not speaking[b, a] or bool(points),
+                attack.finish, attack.prompt is not None, is_answered=bool(speaking[b][a]),
+                is_scored=judge is None or not speaking[b][a] or bool(points),
             )  # fmt: skip
             return replace(attack, status=status, score=sum(points) / len(points) if points else None)
 

@@ -160,7 +160,7 @@ class Judging(Config):
     """What the attacker wants of the defender on a benign seed (the paper: deflection; its code: refusal)."""
     attacker_response: Speaker = "mean"
     """The answer that speaks for an attack: the one of most points (optimistic: the paper's), the first, as in a
-    test, or all of them, whose points are averaged (mean: more to judge, less left to chance)."""
+    test, or all, in turn, whose points are averaged (mean: more to judge, less left to chance)."""
     tie_margin: float = Field(default=0.0, ge=0)
     """Points by which two rewards have to differ to make a pair."""
     max_unscored: float = Field(default=0.2, ge=0, le=1)
