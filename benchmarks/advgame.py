@@ -55,8 +55,8 @@ PRICED = ("original", "trained")
 KEPT = ("direct", "templates")
 """Attackers that leave the request as it is, so that nobody need ask whether it is still the same."""
 COLD = {"warm_start": {"rewrites": 0, "brief": 0}}
-ONE_PASS = {"warm_start": {"epochs": 1}}
-"""For the peak of memory: all batches of the warm start, once."""
+ONE_PASS = {"warm_start": {"rewrites": 64, "brief": 72, "deflections": 18, "epochs": 1}}
+"""For the peak of memory: a third of the warm start's batches, once."""
 Cell = Mapping[str, float | None]
 """Seed id -> what was found of it; `None`: could not be told."""
 
@@ -88,7 +88,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trees", type=int, default=168, help="fixed ones, half of each class (with the rewarding judge)"
     )
-    parser.add_argument("--samples", type=int, default=3, help="rewrites of each, one answer to each, averaged")
+    parser.add_argument("--samples", type=int, default=2, help="rewrites of each, one answer to each, averaged")
     parser.add_argument("--prompts", type=int, default=48, help="held-out requests (with the other judge)")
     parser.add_argument("--tries", type=int, default=2, help="rewrites of each of them by each attacker")
     parser.add_argument("--price-prompts", type=int, default=40, help="of over-refusal and of capability, each")
@@ -113,8 +113,8 @@ def plan(args: argparse.Namespace) -> str:
     steps = args.steps or game_config(args).steps
     return (
         f"a game of {steps} steps of {args.model} against itself, and {args.cold_steps} steps without warm start; "
-        f"{args.trees} fixed trees x {args.samples} x 2 attackers x 2 defenders; {args.prompts} held-out requests x "
-        f"{args.tries} x {', '.join(ATTACKERS)} x {', '.join(DEFENDERS)} defenders; "
+        f"{args.trees} fixed trees x {args.samples} x 3 pairs of attacker and defender; "
+        f"{args.prompts} held-out requests x {args.tries} x {', '.join(ATTACKERS)} x {', '.join(DEFENDERS)}; "
         f"{args.price_prompts} prompts each for over-refusal and capability x 2; memory of {args.memory_steps} steps"
     )
 
@@ -252,7 +252,7 @@ def rewrites(here: Setting, who: str, seeds: Sequence[Any], tries: int) -> list[
     rollout = game_config(here.args).rollout
     plain = [Prompt(({"role": "user", "content": s.prompt},), id=s.id) for s in seeds]
     if who == "direct":
-        return [row_of(s, i, s.prompt, "stop", s.prompt) for s in seeds for i in range(tries)]
+        return [row_of(s, 0, s.prompt, "stop", s.prompt) for s in seeds]  # there is no other way to leave it as it is
     if who == "templates":
         made = apply_templates(plain, load_templates(), per_prompt=tries, seed=here.args.seed)
         return [row_of(seeds[j // tries], j % tries, p.text, "stop", p.text) for j, p in enumerate(made)]
@@ -318,7 +318,7 @@ def answered(
 
 
 def duels(here: Setting) -> dict[str, Any]:
-    """Mean rewards of every attacker-defender pair of before and after, and the two differences that count."""
+    """Mean rewards before, and after for each player against the other as it began, and the two differences."""
     seeds = fixed_seeds(here)
     config = game_config(here.args).rollout
     found: dict[str, Any] = {"n": len(seeds), "samples": here.args.samples, "cells": {}}
@@ -326,7 +326,7 @@ def duels(here: Setting) -> dict[str, Any]:
     for who in ("initial", "trained"):
         parts = here.out / "parts"
         rows = kept_rows(parts / f"trees-{who}.jsonl", lambda who=who: rewrites(here, who, seeds, here.args.samples))
-        for defender in ("initial", "trained"):
+        for defender in ("initial", "trained") if who == "initial" else ("initial",):
             told = kept_rows(
                 parts / f"trees-{who}-{defender}.jsonl",
                 lambda rows=rows, defender=defender: answered(
