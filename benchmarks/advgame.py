@@ -55,8 +55,8 @@ PRICED = ("original", "trained")
 KEPT = ("direct", "templates")
 """Attackers that leave the request as it is, so that nobody need ask whether it is still the same."""
 COLD = {"warm_start": {"rewrites": 0, "brief": 0}}
-ONE_PASS = {"warm_start": {"rewrites": 64, "brief": 72, "deflections": 18, "epochs": 1}}
-"""For the peak of memory: a third of the warm start's batches, once."""
+ONE_PASS = {"warm_start": {"epochs": 1}}
+"""For the peak of memory: all batches of the warm start, once."""
 Cell = Mapping[str, float | None]
 """Seed id -> what was found of it; `None`: could not be told."""
 
@@ -88,7 +88,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trees", type=int, default=168, help="fixed ones, half of each class (with the rewarding judge)"
     )
-    parser.add_argument("--samples", type=int, default=2, help="rewrites of each, one answer to each, averaged")
+    parser.add_argument("--samples", type=int, default=3, help="rewrites of each, one answer to each, averaged")
     parser.add_argument("--prompts", type=int, default=48, help="held-out requests (with the other judge)")
     parser.add_argument("--tries", type=int, default=2, help="rewrites of each of them by each attacker")
     parser.add_argument("--price-prompts", type=int, default=40, help="of over-refusal and of capability, each")

@@ -53,9 +53,8 @@ class WarmStart(Config):
     pairs, or none of a refusal.
     """
 
-    rewrites: int = Field(default=192, ge=0)
-    """Seeds in template sentences that the attacker imitates; 0: none. With a third of it a small one mixes up the
-    classes."""
+    rewrites: int = Field(default=64, ge=0)
+    """Seeds in template sentences that the attacker imitates; 0: none."""
     brief: int = Field(default=216, ge=0)
     """Seeds, two benign to a harmful one, to which the defender imitates an answer: its own, cut after a sentence."""
     deflections: int = Field(default=56, ge=0)
@@ -158,7 +157,7 @@ class Judging(Config):
     """What the defender's judge is shown as the request: the rewrite, or the seed."""
     attacker_benign: Literal["refusal", "deflection"] = "deflection"
     """What the attacker wants of the defender on a benign seed (the paper: deflection; its code: refusal)."""
-    attacker_response: Speaker = "mean"
+    attacker_response: Speaker = "first"
     """The answer that speaks for an attack: the one of most points (optimistic: the paper's), the first, as in a
     test, or all, in turn, whose points are averaged (mean: more to judge, less left to chance)."""
     tie_margin: float = Field(default=0.0, ge=0)
